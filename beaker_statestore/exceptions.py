@@ -1,0 +1,59 @@
+"""The error family: what went wrong, told apart by what the caller can do about it.
+
+Absence is no error anywhere in this package: it is ``None``, ``False`` or, where Beaker's interface asks for it,
+``KeyError``. Damage (`DocumentError`) and outage (`StoreUnavailable`) are different things and never look like
+absence. None of these is a ``KeyError`` or a ``TypeError``: Beaker takes those two, when a session is loaded, to
+mean "make a new session" (beaker.session.Session.load).
+"""
+
+from __future__ import annotations
+
+
+class StateStoreError(Exception):
+    """Whatever this package raises on purpose."""
+
+
+class ConfigurationError(StateStoreError, ValueError):
+    """A setting is wrong or missing; the message names it and what to write instead."""
+
+
+class MissingDriverError(ConfigurationError):
+    """An optional package is not installed; the message has the line to type."""
+
+
+class StoreUnavailable(StateStoreError):  # noqa: N818 - named for the condition, as HTTP's "Service Unavailable"
+    """The store did not answer in time, refused, or broke off: try again later.
+
+    Web applications answer 503 with Retry-After, mail applications SMTP 451.
+    """
+
+
+class OutcomeUnknown(StoreUnavailable):
+    """The request may have been executed, and no answer came. Only reading back can tell."""
+
+
+class ContentionError(StoreUnavailable):
+    """Others kept changing the record for as long as we were willing to try."""
+
+
+class ProtocolError(StateStoreError):
+    """Bytes that are not the protocol. The connection they came on must not be used again."""
+
+
+class DocumentError(StateStoreError):
+    """A value and a JSON document do not fit each other."""
+
+
+class DocumentRefusedError(DocumentError):
+    """The application gave a value that JSON cannot hold; nothing was written.
+
+    The message names the place in the value (``session['cart'][2]``) and the type that was found there.
+    """
+
+
+class DocumentDamagedError(DocumentError):
+    """The store holds a record that is not one of our documents; it was left as it is."""
+
+
+class ValueTooLargeError(DocumentRefusedError):
+    """The application gave a value above the configured size; nothing was written."""

@@ -1,0 +1,242 @@
+"""The `Store` interface: records of bytes under keys of bytes, and one atomic primitive.
+
+Nothing here or below knows JSON, Beaker or mail. Every store passes the suite in `beaker_statestore.testing`, and a
+Tyrant client is a store like any other, so that whatever is written against this interface runs on all of them.
+
+Keys and values are ``bytes``; both may be empty and hold any byte. Absence is ``None`` or ``False``, never an
+exception. A store that cannot answer raises `StoreUnavailable`; one that cannot tell whether a write was done raises
+`OutcomeUnknown`. Stores are safe to share between threads, and usable in a child after a fork.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+from beaker_statestore import observe
+from beaker_statestore.exceptions import ContentionError, OutcomeUnknown, StateStoreError
+
+__all__ = ["LocalStore", "LocalVerbs", "Store", "Verbs"]
+
+T = TypeVar("T")
+
+#: How long `Store.modify` keeps trying against others who change the same record, in seconds.
+CONTENTION_DEADLINE: Final = 5.0
+#: `Store.modify` tries at once this often before it begins to wait a little between tries.
+EAGER_TRIES: Final = 3
+#: The longest such wait, in seconds.
+LONGEST_BACKOFF: Final = 0.05
+
+
+class _Unread:
+    """The type of `UNREAD`, so that it is distinct from ``None``, which means absent."""
+
+    def __repr__(self) -> str:
+        return "UNREAD"
+
+
+UNREAD: Final = _Unread()
+
+
+class Verbs(ABC):
+    """What can be done to records, on a store or within one of its transactions."""
+
+    @abstractmethod
+    def get(self, key: bytes) -> bytes | None:
+        """The value of ``key``, or ``None`` when there is no such record."""
+
+    def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        """The values of those of ``keys`` that have a record, in the order asked."""
+        found = ((key, self.get(key)) for key in keys)
+        return {key: value for key, value in found if value is not None}
+
+    @abstractmethod
+    def put(self, key: bytes, value: bytes, expires_at: float | None = None) -> None:
+        """Store ``value`` under ``key``, whatever was there.
+
+        ``expires_at`` (epoch seconds) is a hint that only engines with expiry of their own use, here and below.
+        """
+
+    def put_many(self, items: Mapping[bytes, bytes]) -> None:
+        """Put each of ``items``; all at once where the engine can."""
+        for key, value in items.items():
+            self.put(key, value)
+
+    @abstractmethod
+    def add(self, key: bytes, value: bytes, expires_at: float | None = None) -> bool:
+        """Store ``value`` only if ``key`` has no record; ``False`` when it has, which is left as it was."""
+
+    @abstractmethod
+    def delete(self, key: bytes) -> bool:
+        """Remove the record; ``False`` when there was none."""
+
+    def delete_many(self, keys: Iterable[bytes]) -> None:
+        """Remove the records of ``keys``; those without one are passed over."""
+        for key in keys:
+            self.delete(key)
+
+    @abstractmethod
+    def compare_and_swap(
+        self, key: bytes, expected: bytes | None, new: bytes | None, expires_at: float | None = None
+    ) -> bool:
+        """Replace ``expected`` by ``new`` if and only if the record is, byte for byte, as expected.
+
+        ``None`` means absent, on either side. ``False`` when the record was otherwise, and then nothing changed.
+        Atomic with regard to every other verb, thread and process.
+        """
+
+    @abstractmethod
+    def scan(
+        self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = 1000
+    ) -> tuple[list[bytes], bytes | None]:
+        """A page of the keys that begin with ``prefix``, and the cursor of the next page (``None`` after the last).
+
+        A cursor is opaque and only good for the same prefix. Each key that is there all the time is delivered at
+        least once; one that comes or goes meanwhile may or may not be. A page may be empty and not the last. No hot
+        path may use this.
+        """
+
+    def keys(self, prefix: bytes = b"") -> Iterator[bytes]:
+        """All keys that begin with ``prefix``, page after page, with the promises of `scan`."""
+        cursor: bytes | None = None
+        while True:
+            page, cursor = self.scan(prefix, cursor)
+            yield from page
+            if cursor is None:
+                return
+
+    @abstractmethod
+    def count(self) -> int:
+        """How many records there are."""
+
+
+class Store(Verbs):
+    """A place for records, local or remote."""
+
+    def apply(self, operations: Sequence[Callable[[Verbs], T]]) -> list[T]:
+        """Run ``operations`` in order and answer their results in the same order.
+
+        Each is called with the verbs to use, and must use no other way to the store. Engines with transactions run
+        them all in one (all or nothing, unseen by others until done) and may run an operation again from the start,
+        so it must have no effect but through its verbs; the others, as here, run one after the other. An exception
+        of an operation ends the transaction and is raised.
+        """
+        return [operation(self) for operation in operations]
+
+    def modify(
+        self,
+        key: bytes,
+        function: Callable[[bytes | None], bytes | None],
+        *,
+        known: bytes | _Unread | None = UNREAD,
+        expires_at: Callable[[bytes], float | None] | None = None,
+    ) -> bytes | None:
+        """Replace the record by what ``function`` makes of it, atomically, and answer the new value.
+
+        :param function: gets the current value (``None`` = absent) and returns the new one (``None`` = remove); it
+            must be free of side effects, since it is called again whenever somebody else was quicker. Returning what
+            it was given writes nothing.
+        :param known: the value as last read by the caller; saves a read when it is still current.
+        :param expires_at: computes the hint of the same name from the new value.
+        :raises ContentionError: others kept changing the record for `CONTENTION_DEADLINE` seconds.
+        :raises StoreUnavailable: the store failed. Where a swap's outcome was unknown, the record has been read back
+            first: if it holds the new value, the modification succeeded.
+        """
+        deadline = time.monotonic() + CONTENTION_DEADLINE
+        current = self.get(key) if isinstance(known, _Unread) else known
+        tries = 0
+        while True:
+            new = function(current)
+            if new == current:
+                return current
+            hint = expires_at(new) if expires_at is not None and new is not None else None
+            try:
+                if self.compare_and_swap(key, current, new, hint):
+                    return new
+            except OutcomeUnknown:
+                current = self.get(key)
+                if current == new:
+                    return new
+                observe.count("store.outcome_unknown")
+            else:
+                observe.count("store.contention")
+                current = self.get(key)
+            tries += 1
+            if time.monotonic() >= deadline:
+                raise ContentionError(f"{key!r} was changed by others {tries} times while we tried to change it")
+            if tries > EAGER_TRIES:
+                # Jitter keeps rivals out of step; it needs no cryptographic quality.
+                time.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.001 * 2**tries)))  # noqa: S311
+
+    @abstractmethod
+    def size(self) -> int:
+        """How much room the records take, in bytes, as the engine counts it."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Return once everything written so far would survive a power cut, as far as the engine can promise it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release connections, files and memory. Closing twice is harmless; other use after it is an error."""
+
+    def ping(self) -> None:
+        """Return if the store answers; raise `StoreUnavailable` if it does not."""
+        self.get(b"")
+
+    def command(self, name: str, arguments: Sequence[bytes] = ()) -> Any:
+        """Something that only this engine can do, under the engine's own name for it."""
+        raise StateStoreError(f"{type(self).__name__} has no command {name!r}")
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class LocalVerbs(Verbs):
+    """The verbs of an engine in this process, which knows its keys in byte order."""
+
+    @abstractmethod
+    def ordered_keys(self, start: bytes = b"", *, after: bool = False) -> Iterator[bytes]:
+        """The keys from ``start`` on (from behind it, with ``after``), in byte order; good until the next write.
+
+        Needs no record at ``start``, so any key is a place to go on from.
+        """
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Remove every record."""
+
+    def scan(
+        self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = 1000
+    ) -> tuple[list[bytes], bytes | None]:
+        """As promised in `Verbs`; here the cursor is the last key of the page."""
+        start, after = (prefix, False) if cursor is None else (cursor, True)
+        page: list[bytes] = []
+        for key in self.ordered_keys(start, after=after):
+            if not key.startswith(prefix):
+                break
+            if len(page) == limit:
+                return page, page[-1] if page else cursor
+            page.append(key)
+        return page, None
+
+
+class LocalStore(LocalVerbs, Store):
+    """An engine in this process: what a server may have behind it."""
+
+    #: A write waits for the disk, so it must not run on an event loop.
+    blocking: bool = False
+
+    @abstractmethod
+    def apply(self, operations: Sequence[Callable[[LocalVerbs], T]]) -> list[T]:
+        """As promised in `Store`, always in one transaction."""
+
+    def crash_can_lose(self) -> str:
+        """One sentence for operators: what is lost when the process or the machine dies."""
+        raise NotImplementedError
