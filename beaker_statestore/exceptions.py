@@ -32,6 +32,15 @@ class OutcomeUnknown(StoreUnavailable):
     """The request may have been executed, and no answer came. Only reading back can tell."""
 
 
+class SessionUnavailable(StoreUnavailable):
+    """The store failed while a session was being loaded."""
+
+    def __init__(self, message: str, session_id: str) -> None:
+        super().__init__(message)
+        #: Which session; never shown in a message, since whoever knows it owns the session.
+        self.session_id = session_id
+
+
 class ContentionError(StoreUnavailable):
     """Others kept changing the record for as long as we were willing to try."""
 

@@ -1,0 +1,265 @@
+"""Beaker's NamespaceManager over a store of JSON documents, and the documents of everything else.
+
+This is the only door between Beaker and the stores. It must never know an engine or a socket. Beaker finds
+`TCJSONNamespaceManager` as ``ext:tcjson`` through the entry point group ``beaker.backends``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from beaker.cache import clsmap
+from beaker.container import Container, NamespaceManager
+from beaker.synchronization import mutex_synchronizer
+
+from beaker_statestore import documents, keys
+from beaker_statestore.documents import EXPIRES, Document
+from beaker_statestore.exceptions import ContentionError, OutcomeUnknown, SessionUnavailable, StoreUnavailable
+from beaker_statestore.sessionrecord import SessionRecord
+from beaker_statestore.settings import Settings
+from beaker_statestore.stores import open_store
+
+__all__ = ["DocumentManager", "TCJSONContainer", "TCJSONNamespaceManager", "register"]
+
+#: The name under which an INI file asks for this back end.
+TYPE: Final = "ext:tcjson"
+#: The one key that beaker.session.Session uses; Cache hands keys over as bytes.
+SESSION_KEY: Final = "session"
+#: How often `DocumentManager.take` tries against others who change the document.
+TAKE_TRIES: Final = 100
+
+
+class DocumentManager(NamespaceManager):
+    """The documents of one kind in one namespace; what both the web and the mail door are built on.
+
+    :param namespace: keeps documents of one kind apart, such as the name of a cache; None where a kind has no
+        such division.
+    :param kind: one of `keys.KINDS`, what the records are for.
+    :param options: as for `Settings.from_options`, ``url`` above all.
+    :raises ConfigurationError: an option is wrong or missing.
+
+    Methods raise `StoreUnavailable` when the store fails, `DocumentRefusedError` for what JSON cannot hold, and
+    `DocumentDamagedError` for a record that is not a document of ours. Instances hold no connection of their own and
+    may be shared by threads.
+    """
+
+    def __init__(self, namespace: str | None, *, kind: str, **options: Any) -> None:
+        super().__init__(namespace)
+        self.settings = Settings.from_options(options, origin=self._origin(options))
+        self.store = open_store(
+            self.settings.url,
+            connect_timeout=self.settings.connect_timeout,
+            timeout=self.settings.deadline,
+            pool_size=self.settings.pool_size,
+        )
+        self.records = keys.Namespace(self.settings.prefix, kind, namespace)
+
+    def _origin(self, options: dict[str, Any]) -> str:
+        return "beaker.session"
+
+    def read(self, key: str | None) -> Document | None:
+        """The document under ``key``; None when there is none or its ``_expires`` has passed."""
+        return self._open(self.store.get(self.records.record(key)))
+
+    def modify(self, key: str | None, function: Callable[[Document | None], Document | None]) -> Document | None:
+        """Replace the document under ``key`` by what ``function`` makes of it, atomically, and answer the new one.
+
+        :param function: gets the current document (its own copy) or None, and returns the new one, or None or an
+            empty one to remove it. It is called again when somebody else was quicker, so it must have no side
+            effects.
+        """
+
+        def on_bytes(current: bytes | None) -> bytes | None:
+            before = self._open(current)
+            after = function(before)
+            if not after:
+                return None
+            if current is not None and before is not None and documents.same(after, documents.decode(current)):
+                return current
+            return self._encode(key, after)
+
+        return self._open(self.store.modify(self.records.record(key), on_bytes, expires_at=documents.expires_at))
+
+    def take(self, key: str | None) -> Document | None:
+        """Remove the document and answer it; of several callers at once, exactly one gets it.
+
+        :raises OutcomeUnknown: it may have been removed, and nobody has got it.
+        """
+        record = self.records.record(key)
+        for _ in range(TAKE_TRIES):
+            current = self.store.get(record)
+            document = self._open(current)
+            if document is None or self.store.compare_and_swap(record, current, None):
+                return document
+        raise ContentionError(f"{self.records.kind}[{key!r}] was changed by others {TAKE_TRIES} times")
+
+    def read_many(self, keys: Iterable[str | None]) -> dict[str | None, Document]:
+        """The documents of those of ``keys`` that have one, in one round trip."""
+        wanted = {self.records.record(key): key for key in keys}
+        found = ((wanted[record], self._open(data)) for record, data in self.store.get_many(wanted).items())
+        return {key: document for key, document in found if document is not None}
+
+    def pages(self) -> Iterator[list[str | None]]:
+        """The keys of all documents, page by page, as they are in the store; some may have expired.
+
+        Each key that is there all the time comes at least once. Not for hot paths.
+        """
+        cursor: bytes | None = None
+        while True:
+            page, cursor = self.store.scan(self.records.scan_prefix, cursor)
+            yield [self.records.key(record) for record in page]
+            if cursor is None:
+                return
+
+    # Beaker's interface
+
+    def keys(self) -> list[str | None]:
+        """The keys of all documents that have not expired."""
+        return list(dict.fromkeys(key for page in self.pages() for key in self.read_many(page)))
+
+    def __contains__(self, key: Any) -> bool:
+        return self.read(self._key(key)) is not None
+
+    def __getitem__(self, key: Any) -> Any:
+        document = self.read(self._key(key))
+        if document is None:
+            raise KeyError(key)
+        return document
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        text = self._key(key)
+        data = self._encode(text, value)
+        self.store.put(self.records.record(text), data, documents.expires_at(data))
+
+    def __delitem__(self, key: Any) -> None:
+        record = self.records.record(self._key(key))
+        try:
+            found = self.store.delete(record)
+        except OutcomeUnknown:
+            # Absent now is what was asked for, whoever did it.
+            if self.store.get(record) is not None:
+                raise
+            found = True
+        if not found:
+            raise KeyError(key)
+
+    def do_remove(self) -> None:
+        """Remove the documents of this namespace, and nothing else."""
+        for record in self.store.keys(self.records.scan_prefix):
+            self.store.delete(record)
+
+    def get_creation_lock(self, key: Any) -> Any:
+        """A lock for making one cache value, shared by the threads of this process."""
+        return mutex_synchronizer(f"beaker_statestore/{self.settings.url}/{self.records.record(self._key(key))!r}")
+
+    def _key(self, key: Any) -> Any:
+        """A key of the dictionary interface as `read` and the others take it."""
+        return key
+
+    def _open(self, data: bytes | None) -> Document | None:
+        if data is None:
+            return None
+        document = documents.decode(data)
+        return None if documents.is_expired(document, time.time()) else document
+
+    def _encode(self, key: str | None, document: Document) -> bytes:
+        root = f"{self.records.kind}[{key!r}]"
+        return documents.encode(document, root=root, max_bytes=self.settings.max_value)
+
+
+class TCJSONNamespaceManager(DocumentManager):
+    """Beaker's sessions and caches, as ``ext:tcjson``.
+
+    beaker.session.Session makes one for each request that loads a session, with the session's id for its namespace;
+    beaker.cache.Cache makes one for each cache and keeps it, shared by threads, for ever.
+
+    :param timeout: only from Session: seconds after the last access at which the record may go; already longer than
+        the session's own timeout (Session adds two minutes).
+    """
+
+    def __init__(self, namespace: str, timeout: float | None = None, **options: Any) -> None:
+        # Cache never passes this one on; see beaker.session.Session.load.
+        serves_session = "digest_filenames" in options
+        super().__init__(namespace, kind="session" if serves_session else "cache", **options)
+        self._session = (
+            SessionRecord(self.store, self.records.record(SESSION_KEY), self.settings, timeout)
+            if serves_session
+            else None
+        )
+
+    def _origin(self, options: dict[str, Any]) -> str:
+        return "beaker.session" if "digest_filenames" in options else "beaker.cache"
+
+    def __contains__(self, key: Any) -> bool:
+        if self._session is not None and key == SESSION_KEY:
+            return self._session.exists()
+        return super().__contains__(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        if self._session is not None and key == SESSION_KEY:
+            return self._load_session(self._session)
+        document = super().__getitem__(key)
+        if "stored" in document:
+            return document["stored"], document.get("expire"), document.get("value")
+        return document.get("value")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self._session is not None and key == SESSION_KEY:
+            self._session.save(value)
+        else:
+            self.set_value(key, value)
+
+    def set_value(self, key: Any, value: Any, expiretime: float | None = None) -> None:
+        """Store a cache entry.
+
+        :param value: what beaker.container.Value makes: (time stored, seconds to live or None, value).
+        :param expiretime: seconds to live. The record stays `Settings.cache_grace` longer.
+        """
+        if isinstance(value, tuple) and len(value) == 3:
+            stored, expire, value = value
+            document: Document = {"stored": stored, "expire": expire, "value": value}
+        else:
+            document = {"value": value}
+        if expiretime is not None:
+            document[EXPIRES] = document.get("stored", time.time()) + expiretime + self.settings.cache_grace
+        super().__setitem__(key, document)
+
+    def __delitem__(self, key: Any) -> None:
+        if self._session is not None and key == SESSION_KEY:
+            self._session.delete()
+        else:
+            super().__delitem__(key)
+
+    def _key(self, key: Any) -> str:
+        # Beaker's Cache encodes text by this rule (beaker.cache.Cache._get_value); whoever passes text to the manager
+        # itself means the same record.
+        return key.decode("latin-1") if isinstance(key, bytes) else key.encode("ascii", "backslashreplace").decode()
+
+    def _load_session(self, session: SessionRecord) -> str:
+        # With invalidate_corrupt, which its middleware sets, Beaker answers any error of a load with a second load
+        # under a new id, from within its "except" block. If the outage was over by then, the visitor would silently
+        # get a new, empty session: so that second load has to fail as the first one did.
+        handled = sys.exc_info()[1]
+        if isinstance(handled, SessionUnavailable) and handled.session_id != self.namespace:
+            raise SessionUnavailable(str(handled), handled.session_id) from handled
+        try:
+            payload = session.load()
+        except StoreUnavailable as error:
+            raise SessionUnavailable(str(error), self.namespace) from error
+        if payload is None:
+            raise KeyError(SESSION_KEY)
+        return payload
+
+
+class TCJSONContainer(Container):
+    """Beaker's older interface to the same thing."""
+
+    namespace_class = TCJSONNamespaceManager
+
+
+def register() -> None:
+    """Make ``ext:tcjson`` known to Beaker where entry points cannot be found, as in a zip application."""
+    clsmap._clsmap[TYPE] = TCJSONNamespaceManager

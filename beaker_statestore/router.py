@@ -1,0 +1,229 @@
+"""The states of a mail router (Lamson's model, today Salmon's) in the store that the web application uses.
+
+All states of one sender are one document, ``{"<state key>": "<state>"}``, so they are one read, and changing all of
+them is one commit. Salmon is not imported here but for its SMTPError, when a delivery has to be deferred: the storage
+has the methods that its Router calls (salmon.routing.StateStorage), and needs nothing else of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, Literal
+
+from beaker_statestore import keys
+from beaker_statestore.exceptions import ConfigurationError, StateStoreError, StoreUnavailable
+from beaker_statestore.namespace import DocumentManager
+from beaker_statestore.settings import read_ini, session_options
+
+__all__ = ["ERROR", "START", "ClearRefusedError", "RouterStateStorage", "install"]
+
+#: The state of everybody of whom nothing is known (salmon.routing.ROUTE_FIRST_STATE). It is never stored.
+START: Final = "START"
+#: The state into which the router puts a sender whose message made a handler raise.
+ERROR: Final = "ERROR"
+
+#: With ``on_outage="wait"``: seconds between two tries, at first and at most.
+FIRST_PAUSE: Final = 0.1
+LONGEST_PAUSE: Final = 5.0
+
+
+class ClearRefusedError(StateStoreError):
+    """`RouterStateStorage.clear` is for tests and was not allowed."""
+
+
+class RouterStateStorage:
+    """Lamson's StateStorage: which state a sender is in, for each state key.
+
+    Keys and senders are kept exactly as given; the sender may be None. Safe for threads, and for processes that share
+    the store. Every method raises `StoreUnavailable` when the store fails.
+
+    :param allow_clear: whether `clear` may run.
+    :param options: as for `Settings.from_options`, ``url`` above all.
+    """
+
+    def __init__(self, *, allow_clear: bool = False, **options: Any) -> None:
+        self.allow_clear = allow_clear
+        self.documents = DocumentManager(None, kind="state", **options)
+        self._memory = _Memory()
+
+    @classmethod
+    def from_settings(
+        cls, settings: Mapping[str, Any] | str | os.PathLike[str], *, allow_clear: bool = False
+    ) -> RouterStateStorage:
+        """A storage by the ``beaker.session.*`` lines of an INI file, or of the mapping made from one.
+
+        :raises ConfigurationError: the file, or a setting in it, is missing or wrong.
+        """
+        mapping = settings if isinstance(settings, Mapping) else read_ini(settings)
+        return cls(allow_clear=allow_clear, **session_options(mapping))
+
+    def get(self, key: str, sender: str | None) -> str:
+        """The sender's state for ``key``; `START` when nothing is known."""
+        seen = self._memory.states
+        if seen is None:
+            return self.states_of(sender).get(key, START)
+        if sender not in seen:
+            seen[sender] = self.states_of(sender)
+        return seen[sender].get(key, START)
+
+    def set(self, key: str, sender: str | None, state: str) -> None:
+        """Put the sender into ``state`` for ``key``. Setting `START` forgets what was known."""
+        _refuse_other_than_text(key=key, state=state)
+        if state == ERROR:
+            _refuse_error_for_outage()
+        self._change(sender, lambda states: {**states, key: state})
+
+    def states_of(self, sender: str | None) -> dict[str, str]:
+        """All that is known of the sender: state key -> state."""
+        return _states(self.documents.read(sender))
+
+    def set_all(self, sender: str | None, state: str) -> None:
+        """Put the sender into ``state`` for every state key of which anything is known, in one commit."""
+        _refuse_other_than_text(state=state)
+        self._change(sender, lambda states: dict.fromkeys(states, state))
+
+    def pages(self) -> Iterator[list[tuple[str | None, dict[str, str]]]]:
+        """Everybody of whom anything is known, with their states, page by page. Somebody may come more than once."""
+        for senders in self.documents.pages():
+            yield [(sender, _states(document)) for sender, document in self.documents.read_many(senders).items()]
+
+    def clear(self) -> None:
+        """Forget everything of everybody, but nothing besides states and nothing of another prefix.
+
+        :raises ClearRefusedError: the storage was not made with ``allow_clear``.
+        """
+        if not self.allow_clear:
+            raise ClearRefusedError(
+                "clear() forgets the states of all senders; it is meant for tests, which make their storage with "
+                "allow_clear=True"
+            )
+        self.documents.remove()
+        if self._memory.states is not None:
+            self._memory.states.clear()
+
+    @contextmanager
+    def delivery(self) -> Iterator[None]:
+        """Within it, this thread reads each sender's states once, however many handlers the router considers."""
+        if self._memory.states is not None:
+            yield
+            return
+        self._memory.states = {}
+        try:
+            yield
+        finally:
+            self._memory.states = None
+
+    def _change(self, sender: str | None, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+        seen = self._memory.states
+        if seen is not None:
+            # Should the change fail, what was seen may be wrong.
+            seen.pop(sender, None)
+        after = self.documents.modify(sender, lambda document: _document(change(_states(document))))
+        if seen is not None:
+            seen[sender] = _states(after)
+
+
+class _Memory(threading.local):
+    """What a thread has read during the delivery that it is busy with; None outside of one."""
+
+    states: dict[str | None, dict[str, str]] | None = None
+
+
+def _states(document: Mapping[str, Any] | None) -> dict[str, str]:
+    return {keys.unescape(name): state for name, state in (document or {}).items()}
+
+
+def _document(states: Mapping[str, str]) -> dict[str, Any]:
+    return {keys.escape_field(key): state for key, state in states.items() if state != START}
+
+
+def _refuse_other_than_text(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise TypeError(f"the {name} of a router's state is {value!r}; it has to be a str")
+
+
+def _refuse_error_for_outage() -> None:
+    """Raise the outage again if that is what the router is about to punish a sender for.
+
+    salmon.routing.RoutingBase.call_safely sets `ERROR` from within the "except" block in which it caught what the
+    handler raised; an outage of the store is not the sender's fault and will pass.
+    """
+    error: BaseException | None = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, StoreUnavailable):
+            raise StoreUnavailable(f"a handler met an outage of the store: {error}") from error
+        error = error.__cause__ or error.__context__
+
+
+def install(
+    router: Any,
+    settings: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    on_outage: Literal["defer", "wait"] = "defer",
+    patience: float = 300.0,
+) -> RouterStateStorage:
+    """Give Salmon's ``Router`` its states from the store named in ``settings``, and answer the storage.
+
+    Call it in ``config/boot.py``. Installing again replaces what was installed before.
+
+    :param settings: the path of the INI file that the web application uses, or the mapping made from it.
+    :param on_outage: what becomes of a message when the store is out of reach. ``defer``, for SMTPReceiver and
+        LMTPReceiver: it is answered with SMTP 451, and the sending server keeps it and tries again. ``wait``, for
+        QueueReceiver, which has taken the message out of its queue already: the delivery is tried again until it
+        succeeds or ``patience`` is over.
+    :param patience: in seconds. Then the outage is raised, and the receiver pushes the message to the undeliverable
+        queue.
+    :raises ConfigurationError: a setting is missing or wrong.
+    """
+    if on_outage not in ("defer", "wait"):
+        raise ConfigurationError(f"on_outage is {on_outage!r}: write 'defer' for receivers, 'wait' for QueueReceiver")
+    if hasattr(router, "STATE_STORAGE"):
+        warnings.warn(
+            "Router.STATE_STORAGE is set, which Salmon never reads: the attribute is Router.STATE_STORE "
+            "(and install() has set it)",
+            stacklevel=2,
+        )
+    storage = RouterStateStorage.from_settings(settings)
+    deliver = getattr(router.deliver, "__wrapped__", router.deliver)
+    policy = _deferring(deliver, storage) if on_outage == "defer" else _waiting(deliver, storage, patience)
+    router.deliver = functools.wraps(deliver)(policy)
+    router.STATE_STORE = storage
+    return storage
+
+
+def _deferring(deliver: Callable[[Any], None], storage: RouterStateStorage) -> Callable[[Any], None]:
+    from salmon.server import SMTPError
+
+    def deliver_or_defer(message: Any) -> None:
+        try:
+            with storage.delivery():
+                deliver(message)
+        except StoreUnavailable as error:
+            raise SMTPError(451, "4.3.0 The state store is out of reach; try again later") from error
+
+    return deliver_or_defer
+
+
+def _waiting(deliver: Callable[[Any], None], storage: RouterStateStorage, patience: float) -> Callable[[Any], None]:
+    def deliver_or_wait(message: Any) -> None:
+        deadline = time.monotonic() + patience
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                with storage.delivery():
+                    return deliver(message)
+            except StoreUnavailable:
+                if time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    return deliver_or_wait

@@ -1,0 +1,230 @@
+"""Settings: from the options that Beaker hands over, or an INI file, to one frozen, checked object.
+
+Both doors read the same lines, ``beaker.session.*`` of one section. This module does not know what the settings are
+used for.
+"""
+
+from __future__ import annotations
+
+import configparser
+import difflib
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from beaker_statestore.exceptions import ConfigurationError
+from beaker_statestore.keys import validate_prefix
+
+__all__ = ["Settings", "UnknownOptionWarning", "read_ini", "session_options"]
+
+#: What PasteDeploy's ``use = config:...`` would otherwise look for, too.
+DEFAULT_SECTION: Final = "app:main"
+SESSION_PREFIXES: Final = ("beaker.session.", "session.")
+
+#: Beaker passes on every option that it does not use up itself, also those that only its own back ends or its
+#: middleware know (beaker.middleware, beaker.util.parse_cache_config_options); these mean nothing here and are no
+#: mistake of anybody's.
+BEAKERS_OWN: Final = frozenset(
+    {
+        "auto",
+        "cookie_domain",
+        "cookie_expires",
+        "cookie_path",
+        "crypto_type",
+        "data_dir",
+        "data_serializer",
+        "digest_filenames",
+        "enabled",
+        "encrypt_key",
+        "encrypt_nonce_bits",
+        "expire",
+        "expiretime",
+        "httponly",
+        "id",
+        "invalidate_corrupt",
+        "key",
+        "key_length",
+        "lock_dir",
+        "log_file",
+        "namespace_class",
+        "regions",
+        "samesite",
+        "save_accessed_time",
+        "secret",
+        "secure",
+        "session_class",
+        "starttime",
+        "timeout",
+        "type",
+        "use_cookies",
+        "validate_key",
+        "webtest_varname",
+    }
+)
+
+
+class UnknownOptionWarning(UserWarning):
+    """An option that nobody reads; most likely a typing mistake."""
+
+
+def _text(value: object) -> str:
+    return str(value).strip()
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0"):
+        return False
+    raise ValueError("write true or false")
+
+
+def _seconds(value: object) -> float:
+    try:
+        seconds = float(str(value))
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError("give a number of seconds above 0, for example 5")
+    return seconds
+
+
+def _positive(value: object) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError("give a whole number above 0, for example 16")
+    return number
+
+
+def _serializer(value: object) -> str | None:
+    if value in (None, "", "pickle", "json"):
+        return str(value) if value else None
+    raise ValueError("write pickle or json, as for Beaker's data_serializer")
+
+
+def _prefix(value: object) -> str:
+    prefix = _text(value)
+    validate_prefix(prefix)
+    return prefix
+
+
+def _url(value: object) -> Any:
+    # A Store in place of its URL is passed through, as Beaker's Redis back end takes a client object.
+    return _text(value) if isinstance(value, str) else value
+
+
+def _option(parse: Callable[[object], Any], default: Any) -> Any:
+    return field(default=default, metadata={"parse": parse})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the adapters need to know. Every option has the name of its field."""
+
+    #: Where the store is: ``127.0.0.1:1978``, ``unix:/path``, ... (see `beaker_statestore.stores.open_store`).
+    url: Any = field(metadata={"parse": _url})
+    #: Put before every record key, to keep applications apart that share a server.
+    prefix: str = _option(_prefix, "")
+    #: How long connecting may take, in seconds.
+    connect_timeout: float = _option(_seconds, 2.0)
+    #: How long one call may take in all, in seconds. (``timeout`` is Beaker's word for a session's life.)
+    deadline: float = _option(_seconds, 5.0)
+    #: The most connections that this process opens.
+    pool_size: int = _option(_positive, 16)
+    #: In which of Beaker's two forms to hand sessions back; None: whichever Beaker used last.
+    serializer: str | None = _option(_serializer, None)
+    #: The application uses Beaker's ``encrypt_key``: store what cannot be read, and do not merge it.
+    encrypted: bool = _option(_flag, False)
+    #: The largest document, in bytes.
+    max_value: int = _option(_positive, 1024 * 1024)
+    #: How long a cache entry stays behind its expiry, in seconds, for Beaker to serve while it is made anew.
+    cache_grace: float = _option(_seconds, 120.0)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], *, origin: str = "beaker.session") -> Settings:
+        """Settings out of Beaker's keyword arguments or an INI section's options, which may be text.
+
+        :param origin: what stands before an option's name in messages.
+        :raises ConfigurationError: a value is wrong, or the URL is missing.
+        """
+        parsers = {f.name: f.metadata["parse"] for f in fields(cls)}
+        values = {}
+        for name, value in options.items():
+            if name in parsers:
+                try:
+                    values[name] = parsers[name](value)
+                except ValueError as error:
+                    raise ConfigurationError(f"{origin}.{name} is {value!r}: {error}") from error
+            elif name not in BEAKERS_OWN:
+                _warn_unknown(name, origin, parsers)
+        if values.get("url") in (None, ""):
+            raise ConfigurationError(
+                f"{origin}.url is not set: give the store's address, for example {origin}.url = 127.0.0.1:1978"
+            )
+        return cls(**values)
+
+
+def _warn_unknown(name: str, origin: str, known: Mapping[str, object]) -> None:
+    close = difflib.get_close_matches(name, [*known, *BEAKERS_OWN], n=1)
+    hint = f"did you mean {origin}.{close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+    warnings.warn(f"{origin}.{name} is not an option of ext:tcjson; {hint}", UnknownOptionWarning, stacklevel=2)
+
+
+def read_ini(path: str | os.PathLike[str], section: str | None = None) -> dict[str, str]:
+    """The options of one section of a PasteDeploy style INI file, with ``%(here)s`` and ``[DEFAULT]`` filled in.
+
+    :param section: such as ``app:main``. By default ``app:main`` if it has ``beaker.session.url``, else the one
+        section that has.
+    :raises ConfigurationError: there is no such file or section, or the file is not INI; the message names the place.
+    """
+    path = os.path.abspath(path)
+    parser = configparser.ConfigParser(
+        defaults={"here": os.path.dirname(path), "__file__": path}, delimiters=("=",), strict=True
+    )
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # options are case-sensitive in PasteDeploy
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
+        chosen = section if section is not None else _section_with_url(parser, path)
+        return dict(parser.items(chosen))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
+    except configparser.NoSectionError as error:
+        there = ", ".join(f"[{name}]" for name in parser.sections()) or "none"
+        raise ConfigurationError(f"{path} has no section [{error.section}]; there are {there}") from error
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not a valid INI file: {error}") from error
+
+
+def _section_with_url(parser: configparser.ConfigParser, path: str) -> str:
+    having = [name for name in parser.sections() if any(parser.has_option(name, p + "url") for p in SESSION_PREFIXES)]
+    if DEFAULT_SECTION in having:
+        return DEFAULT_SECTION
+    if len(having) == 1:
+        return having[0]
+    if having:
+        names = ", ".join(f"[{name}]" for name in having)
+        raise ConfigurationError(f"{path} sets beaker.session.url in {names}: say which section to use")
+    raise ConfigurationError(
+        f"{path} has no section that sets beaker.session.url; "
+        f"add to [{DEFAULT_SECTION}], for example: beaker.session.url = 127.0.0.1:1978"
+    )
+
+
+def session_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``beaker.session.*`` (or ``session.*``) options of an application's settings, without that prefix."""
+    return {
+        name[len(prefix) :]: value
+        for prefix in reversed(SESSION_PREFIXES)
+        for name, value in settings.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,392 @@
+"""Sessions under stock Beaker: nobody's change is lost, what was deleted stays deleted, and it is JSON at rest.
+
+Each test plays two requests of one visitor that overlap, as browsers make them: both load, then both save.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import pickle
+import time
+import uuid
+import zlib
+from typing import Any
+
+import pytest
+from beaker.session import Session
+
+from beaker_statestore import observe
+from beaker_statestore.exceptions import DocumentDamagedError, DocumentRefusedError
+from beaker_statestore.namespace import TCJSONNamespaceManager
+from beaker_statestore.stores.base import Store
+
+
+class Visitor:
+    """Opens one session as often as wanted, each time as Beaker does for a new request."""
+
+    def __init__(self, options: dict[str, Any], **session_options: Any) -> None:
+        self.id = uuid.uuid4().hex
+        self.options = {"type": "ext:tcjson", "use_cookies": False, **options, **session_options}
+
+    def request(self, **changed: Any) -> Session:
+        return Session({}, id=self.id, **{**self.options, **changed})
+
+    def starts_with(self, **data: Any) -> Visitor:
+        session = self.request()
+        session.update(data)
+        session.save()
+        return self
+
+    def sees(self) -> dict[str, Any]:
+        return {name: value for name, value in self.request().items() if not name.startswith("_")}
+
+
+@pytest.fixture(params=["pickle", "json"])
+def serializer(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def visitor(options: dict[str, Any], serializer: str) -> Visitor:
+    return Visitor(options, data_serializer=serializer)
+
+
+@pytest.fixture
+def stored(store: Store, options: dict[str, Any]) -> Any:
+    """Reads a visitor's record as it is at rest."""
+
+    def read(visitor: Visitor) -> Any:
+        data = store.get(f"{options['prefix']}session:{visitor.id}".encode())
+        return None if data is None else json.loads(data)
+
+    return read
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    counts: dict[str, int] = {}
+
+    class Counter(observe.Listener):
+        def count(self, name: str, n: int = 1) -> None:
+            counts[name] = counts.get(name, 0) + n
+
+    monkeypatch.setattr(observe, "listener", Counter())
+    return counts
+
+
+def test_a_session_comes_back_as_it_was_saved(visitor: Visitor) -> None:
+    data = {"user": "zed", "cart": [{"sku": "a-1", "n": 2}], "rate": 0.5, "big": 2**53, "no": None, "ünï": "☃"}
+    assert visitor.starts_with(**data).sees() == data
+
+
+def test_the_record_is_the_session_as_plain_json(visitor: Visitor, stored: Any, serializer: str) -> None:
+    visitor.starts_with(user="zed")
+    record = stored(visitor)
+    assert record.pop("_accessed_time") == pytest.approx(time.time(), abs=5)
+    assert record.pop("_creation_time") == pytest.approx(time.time(), abs=5)
+    assert record == {"user": "zed", "_domain": None, "_path": "/", "_serializer": serializer}
+
+
+def test_two_tabs_that_add_different_keys_keep_both(visitor: Visitor) -> None:
+    visitor.starts_with(user="zed")
+    tab, other = visitor.request(), visitor.request()
+    tab["cart"] = ["book"]
+    other["color"] = "red"
+    tab.save()
+    other.save()
+    assert visitor.sees() == {"user": "zed", "cart": ["book"], "color": "red"}
+
+
+def test_a_slow_reader_does_not_undo_a_quick_writer(visitor: Visitor, counted: dict[str, int]) -> None:
+    visitor.starts_with(n=1)
+    reader, writer = visitor.request(), visitor.request()
+    writer["n"] = 2
+    writer.save()
+    reader.save(accessed_only=True)
+    assert visitor.sees() == {"n": 2}
+    assert counted["session.touch_dropped"] == 1
+
+
+def test_a_slow_request_does_not_undo_a_logout(visitor: Visitor, stored: Any) -> None:
+    visitor.starts_with(user="zed")
+    slow, logout = visitor.request(), visitor.request()
+    logout.delete()
+    logout.save()
+    slow["cart"] = ["book"]
+    slow.save()
+    slow["cart"] = ["another"]
+    slow.save()
+    slow.save(accessed_only=True)
+    assert stored(visitor) is None
+    assert visitor.request().is_new
+
+
+def test_a_logout_removes_also_what_another_request_has_just_added(visitor: Visitor, stored: Any) -> None:
+    visitor.starts_with(user="zed")
+    logout, other = visitor.request(), visitor.request()
+    other["cart"] = ["book"]
+    other.save()
+    logout.delete()
+    logout.save()
+    assert stored(visitor) is None
+
+
+def test_saving_again_and_again_in_one_request_keeps_everybodys_changes(visitor: Visitor) -> None:
+    visitor.starts_with(n=0)
+    session, other = visitor.request(), visitor.request()
+    session["a"] = 1
+    session.save()
+    other["theirs"] = 1
+    other.save()
+    session["b"] = 2
+    session.save()
+    del session["a"]
+    session.save()
+    assert visitor.sees() == {"n": 0, "theirs": 1, "b": 2}
+
+
+def test_the_closing_touch_of_a_request_does_not_undo_its_own_save(visitor: Visitor) -> None:
+    visitor.starts_with(n=1)
+    session = visitor.request()
+    session["n"] = 2
+    session.save()
+    session.save(accessed_only=True)
+    assert visitor.sees() == {"n": 2}
+
+
+def test_a_removed_key_is_removed_and_stays_so(visitor: Visitor) -> None:
+    visitor.starts_with(flash="hello", user="zed")
+    popping, other = visitor.request(), visitor.request()
+    del popping["flash"]
+    other["seen"] = True
+    popping.save()
+    other.save()
+    assert visitor.sees() == {"user": "zed", "seen": True}
+
+
+def test_where_both_change_one_key_the_later_commit_wins_and_is_counted(
+    visitor: Visitor, counted: dict[str, int]
+) -> None:
+    visitor.starts_with(n=0)
+    first, second = visitor.request(), visitor.request()
+    first["n"], second["n"] = 1, 2
+    first.save()
+    second.save()
+    assert visitor.sees() == {"n": 2}
+    assert counted["session.conflict"] == 1
+
+
+def test_a_change_deep_inside_a_value_is_a_change(visitor: Visitor) -> None:
+    visitor.starts_with(cart={"items": [1]})
+    session, other = visitor.request(), visitor.request()
+    session["cart"]["items"].append(2)
+    other["color"] = "red"
+    other.save()
+    session.save()
+    assert visitor.sees() == {"cart": {"items": [1, 2]}, "color": "red"}
+
+
+def test_true_and_one_are_different_values(visitor: Visitor) -> None:
+    visitor.starts_with(flag=1)
+    session = visitor.request()
+    session["flag"] = True
+    session.save()
+    assert visitor.sees()["flag"] is True
+
+
+def test_reading_notes_the_time_of_access(visitor: Visitor, stored: Any) -> None:
+    visitor.starts_with(user="zed")
+    before = stored(visitor)["_accessed_time"]
+    reader = visitor.request()
+    reader.save(accessed_only=True)
+    assert stored(visitor)["_accessed_time"] > before
+
+
+def test_two_first_requests_under_one_id_keep_both_changes(visitor: Visitor) -> None:
+    first, second = visitor.request(), visitor.request()
+    assert first.is_new
+    assert second.is_new
+    first["a"] = 1
+    second["b"] = 2
+    first.save()
+    second.save()
+    assert visitor.sees() == {"a": 1, "b": 2}
+
+
+def test_an_emptied_session_still_knows_when_it_was_created(visitor: Visitor) -> None:
+    visitor.starts_with(user="zed")
+    created = visitor.request().created
+    session = visitor.request()
+    session.clear()
+    session["user"] = "ada"
+    session.save()
+    assert visitor.request().created == created
+    assert visitor.sees() == {"user": "ada"}
+
+
+def test_a_record_expires_after_the_timeout_and_beakers_grace(
+    options: dict[str, Any], stored: Any, serializer: str
+) -> None:
+    visitor = Visitor(options, data_serializer=serializer, timeout=60).starts_with(user="zed")
+    record = stored(visitor)
+    assert record["_expires"] == pytest.approx(record["_accessed_time"] + 60 + 120)
+
+
+def test_an_expired_record_is_no_session_and_is_replaced(
+    options: dict[str, Any], store: Store, stored: Any, serializer: str
+) -> None:
+    visitor = Visitor(options, data_serializer=serializer, timeout=60)
+    key = f"{options['prefix']}session:{visitor.id}".encode()
+    store.put(key, json.dumps({"user": "zed", "_accessed_time": 1.0, "_expires": 181.0}).encode())
+    session = visitor.request()
+    assert session.is_new
+    session["user"] = "ada"
+    session.save()
+    assert stored(visitor)["user"] == "ada"
+
+
+def test_changing_the_serializer_logs_nobody_out(options: dict[str, Any]) -> None:
+    visitor = Visitor(options).starts_with(user="zed")
+    switched = visitor.request(data_serializer="json", serializer="json")
+    assert switched["user"] == "zed"
+    switched["n"] = 1
+    switched.save()
+    back = visitor.request(data_serializer="pickle", serializer="pickle")
+    assert (back["user"], back["n"]) == ("zed", 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (datetime.datetime(2026, 1, 2), "is a datetime.datetime"),
+        (datetime.date(2026, 1, 2), "is a datetime.date"),
+        ({1, 2}, "is a set"),
+        (b"bytes", "is bytes"),
+        (2**64, "is an integer beyond 64 bits"),
+        (float("nan"), "is nan, which JSON does not have"),
+        ({1: "one"}, "1"),
+    ],
+)
+def test_what_json_cannot_hold_is_refused_by_its_path(
+    options: dict[str, Any], stored: Any, value: Any, found: str
+) -> None:
+    visitor = Visitor(options).starts_with(user="zed")
+    before = stored(visitor)
+    session = visitor.request()
+    session["cart"] = [0, {"when": value}]
+    with pytest.raises(DocumentRefusedError, match=found) as refused:
+        session.save()
+    assert "session['cart'][1]['when']" in str(refused.value)
+    assert stored(visitor) == before
+
+
+@pytest.mark.parametrize("name", ["_expires", "_serializer", "_opaque"])
+def test_an_applications_key_with_one_of_our_names_is_refused(visitor: Visitor, name: str) -> None:
+    session = visitor.request()
+    session[name] = 1
+    with pytest.raises(DocumentRefusedError, match=name):
+        session.save()
+
+
+class Exploit:
+    """Runs code when it is unpickled."""
+
+    ran = False
+
+    def __reduce__(self) -> Any:
+        return (setattr, (Exploit, "ran", True))
+
+
+POISON = {
+    "base64 pickle": base64.b64encode(pickle.dumps({"x": Exploit()}, 2)),
+    "raw pickle": pickle.dumps({"x": Exploit()}, 2),
+    "JSON text of a pickle": json.dumps(base64.b64encode(pickle.dumps({"x": Exploit()}, 2)).decode()).encode(),
+    "JSON scalar": b"42",
+    "JSON array": b'[{"user": "admin"}]',
+    "custom serializer's text": b"user=zed&n=1",
+    "zlib": zlib.compress(b'{"user": "admin"}'),
+    "nothing": b"",
+    "cut JSON": b'{"user": "ze',
+    "NaN": b'{"n": NaN}',
+}
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_a_poisoned_record_runs_nothing_and_is_named(
+    visitor: Visitor, options: dict[str, Any], store: Store, poison: str
+) -> None:
+    key = f"{options['prefix']}session:{visitor.id}".encode()
+    store.put(key, POISON[poison])
+    with pytest.raises(DocumentDamagedError) as damaged:
+        visitor.request()
+    assert not Exploit.ran
+    assert any(word in str(damaged.value) for word in ("pickle", "JSON", "nothing", "empty", "text", "NaN")), damaged.value
+    with pytest.warns(Warning, match="Invalidating corrupt session"):
+        fresh = visitor.request(invalidate_corrupt=True)
+    assert fresh.is_new
+    assert fresh.id != visitor.id
+    assert not Exploit.ran
+    assert store.get(key) == POISON[poison], "a damaged record is evidence and stays"
+
+
+def test_a_poisoned_pickle_from_the_application_runs_nothing_either(options: dict[str, Any]) -> None:
+    manager = TCJSONNamespaceManager(uuid.uuid4().hex, data_dir=None, digest_filenames=False, **options)
+    with pytest.raises(DocumentRefusedError):
+        manager["session"] = POISON["base64 pickle"].decode()
+    assert not Exploit.ran
+
+
+def test_a_custom_serializers_text_is_refused_on_save(options: dict[str, Any]) -> None:
+    class Query:
+        def dumps(self, data: Any) -> bytes:
+            return b"user=zed"
+
+        def loads(self, data: bytes) -> Any:
+            raise AssertionError("never reached")
+
+    session = Visitor(options, data_serializer=Query()).request()
+    session["user"] = "zed"
+    with pytest.raises(DocumentRefusedError, match="serializer"):
+        session.save()
+
+
+KEYS = {"encrypt_key": "0123456789abcdef", "validate_key": "fedcba9876543210"}
+
+
+def test_an_encrypted_session_is_refused_unless_the_option_says_so(options: dict[str, Any]) -> None:
+    session = Visitor(options, **KEYS).request()
+    session["user"] = "zed"
+    with pytest.raises(DocumentRefusedError, match="encrypted = true"):
+        session.save()
+
+
+def test_an_encrypted_session_is_stored_as_ciphertext(options: dict[str, Any], stored: Any) -> None:
+    visitor = Visitor(options, **KEYS, encrypted="true", timeout=60).starts_with(user="zed")
+    assert visitor.sees() == {"user": "zed"}
+    record = stored(visitor)
+    assert record.keys() == {"_opaque", "_expires"}
+    assert "zed" not in base64.b64decode(record["_opaque"][24:]).decode("latin-1")
+
+
+def test_a_slow_request_does_not_undo_the_logout_of_an_encrypted_session(
+    options: dict[str, Any], stored: Any
+) -> None:
+    visitor = Visitor(options, **KEYS, encrypted="true").starts_with(user="zed")
+    slow, logout = visitor.request(), visitor.request()
+    logout.namespace["session"]
+    del logout.namespace["session"]
+    slow["cart"] = 1
+    slow.save()
+    assert stored(visitor) is None
+
+
+def test_a_chosen_session_id_is_stored_under_its_hash(options: dict[str, Any], store: Store) -> None:
+    visitor = Visitor(options)
+    visitor.id = "../../chosen:by%the\x00client"
+    visitor.starts_with(user="zed")
+    assert visitor.sees() == {"user": "zed"}
+    (key,) = store.keys(options["prefix"].encode())
+    assert key.startswith(options["prefix"].encode() + b"session:")
+    assert b"chosen" not in key

@@ -1,0 +1,192 @@
+"""An outage of the store at any moment of a web request: the right answer or a 503, and never a new, empty session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+from beaker.middleware import SessionMiddleware
+from webtest import TestApp
+
+from beaker_statestore.exceptions import StoreUnavailable
+from beaker_statestore.stores import open_store
+from beaker_statestore.testing import FaultyStore
+from beaker_statestore.websession import OutageFilter, filter_app_factory, make_filter
+
+
+def counting(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    """An application that counts a visitor's visits, reads only, or says goodbye, as the path asks."""
+    session = environ["beaker.session"]
+    path = environ["PATH_INFO"]
+    if path == "/visit":
+        session["visits"] = session.get("visits", 0) + 1
+        session.save()
+    elif path == "/leave":
+        session.delete()
+    text = f"{session.get('user', 'nobody')} {session.get('visits', 0)}"
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [text.encode()]
+
+
+def lazily(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+    """The same as a generator: nothing happens before the first chunk is asked for."""
+    yield from counting(environ, start_response)
+
+
+@pytest.fixture
+def faulty() -> FaultyStore:
+    return FaultyStore(open_store("memory:web-faults"))
+
+
+@pytest.fixture(params=["pickle", "json"])
+def settings(request: pytest.FixtureRequest, faulty: FaultyStore) -> dict[str, Any]:
+    return {
+        "beaker.session.url": faulty,
+        "beaker.session.timeout": 600,
+        "beaker.session.secret": "not much of one",
+        "beaker.session.data_serializer": request.param,
+    }
+
+
+@pytest.mark.parametrize("application", [counting, lazily])
+@pytest.mark.parametrize("executed", [False, True])
+@pytest.mark.parametrize("forever", [False, True])
+@pytest.mark.parametrize("path", ["/read", "/visit", "/leave"])
+def test_an_outage_at_any_call_gives_the_right_answer_or_503_and_keeps_the_session(
+    faulty: FaultyStore, settings: dict[str, Any], path: str, forever: bool, executed: bool, application: Any
+) -> None:
+    """For every n: the n-th store call of a request fails, once or from then on, before or after it was executed."""
+    calls = 0
+    for nth in range(1, 20):
+        browser = TestApp(make_filter(application, settings))
+        assert browser.get("/visit").text == "nobody 1"
+        cookie = browser.cookies["beaker.session.id"]
+        faulty.arm(nth, forever=forever, executed=executed)
+        try:
+            response = browser.get(path, status="*")
+        finally:
+            met = faulty.triggered
+            faulty.disarm()
+        left = path == "/leave"
+        if response.status_int == 200:
+            assert response.text == {"/read": "nobody 1", "/visit": "nobody 2", "/leave": "nobody 0"}[path]
+        else:
+            assert response.status_int == 503
+            assert int(response.headers["Retry-After"]) > 0
+            assert "Set-Cookie" not in response.headers
+            assert browser.cookies["beaker.session.id"] == cookie
+            allowed = {"/read": ["nobody 1"], "/visit": ["nobody 1", "nobody 2"], "/leave": ["nobody 1", "nobody 0"]}
+            assert browser.get("/read").text in allowed[path]
+        if not left:
+            assert browser.cookies["beaker.session.id"] == cookie
+        if not met:
+            break
+        calls += 1
+    else:
+        raise AssertionError("the number of store calls of one request seems to have no end")
+    assert calls >= 2
+
+
+def test_requests_that_overlap_in_stock_beakers_middleware_lose_nothing(options: dict[str, Any]) -> None:
+    """While one request is under way another one begins and ends: the worst order, without luck."""
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        session = environ["beaker.session"]
+        action, *during = environ["QUERY_STRING"].split("&")
+        session.get("user")
+        if during:
+            browser.get("/", "&".join(during))
+        if action == "leave":
+            session.delete()
+        elif action != "read":
+            session[action] = session.get(action, 0) + 1
+            session.save()
+        seen = {name: value for name, value in session.items() if not name.startswith("_")}
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps(seen).encode()]
+
+    config = {"session.type": "ext:tcjson", **{f"session.{name}": value for name, value in options.items()}}
+    browser = TestApp(SessionMiddleware(application, config), lint=False)
+    browser.get("/?a")
+    browser.get("/?b&c")
+    assert browser.get("/?read").json == {"a": 1, "b": 1, "c": 1}
+    browser.get("/?read&a")
+    assert browser.get("/?read").json == {"a": 2, "b": 1, "c": 1}
+    session_id = browser.cookies["beaker.session.id"]
+    browser.get("/?d&leave")
+    browser.set_cookie("beaker.session.id", session_id)
+    assert browser.get("/?read").json == {}
+
+
+def test_an_outage_gives_a_new_visitor_no_cookie(faulty: FaultyStore, settings: dict[str, Any]) -> None:
+    browser = TestApp(make_filter(counting, settings))
+    faulty.arm(1, forever=True)
+    try:
+        response = browser.get("/visit", status=503)
+    finally:
+        faulty.disarm()
+    assert "Set-Cookie" not in response.headers
+    assert browser.get("/visit").text == "nobody 1"
+
+
+def test_an_application_that_catches_the_outage_gets_the_same_session_when_it_is_over(
+    faulty: FaultyStore, settings: dict[str, Any]
+) -> None:
+    def patient(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        try:
+            environ["beaker.session"]["visits"]
+        except StoreUnavailable:
+            faulty.disarm()
+        return counting(environ, start_response)
+
+    browser = TestApp(make_filter(counting, settings))
+    browser.get("/visit")
+    patient_browser = TestApp(make_filter(patient, settings), cookiejar=browser.cookiejar)
+    faulty.arm(1, forever=True)
+    assert patient_browser.get("/read").text == "nobody 1"
+
+
+def test_the_filter_is_a_paste_filter(faulty: FaultyStore) -> None:
+    application = filter_app_factory(counting, {}, **{"beaker.session.url": faulty})
+    assert TestApp(application).get("/visit").text == "nobody 1"
+
+
+def test_other_errors_are_none_of_the_filters_business() -> None:
+    def broken(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        TestApp(OutageFilter(broken)).get("/")
+
+
+def test_a_streaming_answer_streams_and_is_closed() -> None:
+    events: list[str] = []
+
+    def streaming(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        try:
+            for n in range(3):
+                events.append(f"made {n}")
+                yield str(n).encode()
+        finally:
+            events.append("closed")
+
+    started: list[str] = []
+    body: Any = OutageFilter(streaming)({"PATH_INFO": "/"}, lambda status, headers, exc_info=None: started.append(status))
+    assert started == ["200 OK"]
+    chunks = iter(body)
+    assert next(chunks) == b"0"
+    assert events == ["made 0"]
+    body.close()
+    assert events[-1] == "closed"
+
+
+def test_the_old_write_callable_works() -> None:
+    def writing(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        write = start_response("200 OK", [("Content-Type", "text/plain")])
+        write(b"first ")
+        return [b"second"]
+
+    assert TestApp(OutageFilter(writing), lint=False).get("/").text == "first second"
