@@ -13,11 +13,12 @@ from typing import Any, Final
 
 from beaker.cache import clsmap
 from beaker.container import Container, NamespaceManager
+from beaker.crypto import get_crypto_module
 from beaker.synchronization import mutex_synchronizer
 
 from beaker_statestore import documents, keys
 from beaker_statestore.documents import EXPIRES, Document
-from beaker_statestore.exceptions import ContentionError, OutcomeUnknown, SessionUnavailable, StoreUnavailable
+from beaker_statestore.exceptions import ConfigurationError, ContentionError, OutcomeUnknown, SessionUnavailable, StoreUnavailable
 from beaker_statestore.sessionrecord import SessionRecord
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
@@ -184,6 +185,13 @@ class TCJSONNamespaceManager(DocumentManager):
         # Cache never passes this one on; see beaker.session.Session.load.
         serves_session = "digest_filenames" in options
         super().__init__(namespace, kind="session" if serves_session else "cache", **options)
+        if self.settings.encrypted and not get_crypto_module("default").has_aes:
+            # Beaker would decode what it believes to be ciphertext, and unpickle it: whoever can write to the store
+            # could run code.
+            raise ConfigurationError(
+                "beaker.session.encrypted is true, but Beaker finds no AES library and would neither encrypt nor "
+                "authenticate: pip install cryptography"
+            )
         self._session = (
             SessionRecord(self.store, self.records.record(SESSION_KEY), self.settings, timeout)
             if serves_session

@@ -80,6 +80,22 @@ class RouterStateStorage:
             _refuse_error_for_outage()
         self._change(sender, lambda states: {**states, key: state})
 
+    def move(self, key: str, sender: str | None, before: str, after: str) -> bool:
+        """Put the sender into ``after`` if he is in ``before``; False, and no change, if he is in another state.
+
+        For what must happen once although a mail and a click may come at the same moment.
+        """
+        _refuse_other_than_text(key=key, state=after)
+        moved = False
+
+        def change(states: dict[str, str]) -> dict[str, str]:
+            nonlocal moved
+            moved = states.get(key, START) == before
+            return {**states, key: after} if moved else states
+
+        self._change(sender, change)
+        return moved
+
     def states_of(self, sender: str | None) -> dict[str, str]:
         """All that is known of the sender: state key -> state."""
         return _states(self.documents.read(sender))

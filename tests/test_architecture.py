@@ -16,20 +16,34 @@ from beaker_statestore import stores
 ROOT = Path(beaker_statestore.__file__).parent
 PACKAGE = "beaker_statestore"
 
-#: Which layer each module is in; a module imports lower layers, or its own package.
+#: The modules of each layer, lowest layer first. In a layer, a module may import those that stand before it in its
+#: row, and none of the other rows: rows are strangers to each other, as the client is to the server.
 LAYERS = [
-    ["exceptions", "observe"],
-    ["tyrant.commands", "tyrant.wire", "tyrant.swap", "tyrant", "documents", "payloads", "keys", "settings", "ports"],
-    ["stores.base", "stores.memory", "stores.lmdb"],
-    ["tyrant.client", "tyrant.pytyrant", "stores.tyrant", "stores", "tyrant.verbs", "tyrant.server"],
-    ["sessionrecord", "namespace", "websession", "router"],
-    ["cli", "testing", "__main__", ""],
+    [["exceptions"], ["observe"], ["ports"]],
+    [
+        ["tyrant", "tyrant.commands", "tyrant.wire"],
+        ["tyrant.swap"],
+        ["tyrant.paging"],
+        ["tyrant.address"],
+        ["tyrant.ere"],
+        ["tyrant.stat"],
+        ["documents", "payloads"],
+        ["keys", "settings"],
+    ],
+    [["stores.base"], ["stores.urls"]],
+    [["stores.memory"], ["stores.lmdbpages", "stores.lmdbfile", "stores.lmdb"], ["tyrant.client"], ["tyrant.verbs"], ["tyrant.listening"]],
+    [["stores.tyrant"], ["tyrant.pytyrant"], ["tyrant.server"], ["stores"]],
+    [["sessionrecord", "namespace", "router"], ["websession"]],
+    [["testing.processes", "testing.conformance", "testing.faults", "testing"], ["serve"], ["records"]],
+    [["cli", "__main__"]],
 ]
-#: Neighbours in one layer that build on each other, lower ones first.
-NEIGHBOURS = [
-    "exceptions", "observe", "keys", "documents", "payloads", "settings", "sessionrecord", "namespace", "websession", "router",
-]  # fmt: skip
-#: Who may import which framework; ``salmon`` only inside functions.
+PLACES = {
+    module: (layer, row, column)
+    for layer, rows in enumerate(LAYERS)
+    for row, names in enumerate(rows)
+    for column, module in enumerate(names)
+}
+#: Who may import which framework; ``salmon`` only inside functions, since it is an optional extra under the GPL.
 FRAMEWORKS = {
     "beaker": {"namespace", "websession"},
     "salmon": {"router"},
@@ -37,63 +51,55 @@ FRAMEWORKS = {
 }
 
 
-def modules() -> dict[str, Path]:
+def _modules() -> dict[str, Path]:
     found = {}
     for path in ROOT.rglob("*.py"):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        found[name.removesuffix(".__init__").removesuffix("__init__")] = path
+        found["" if name == "__init__" else name.removesuffix(".__init__")] = path
     return found
 
 
-def layer_of(module: str) -> int:
-    for layer, names in enumerate(LAYERS):
-        if any(module == name or (name and module.startswith(name + ".")) for name in names if name != "tyrant"):
-            return layer
-    if module == "tyrant":
-        return 1
-    raise AssertionError(f"{module} is in no layer: draw it into LAYERS and into the design")
+MODULES = _modules()
 
 
-def imports_of(path: Path) -> set[str]:
-    """Every module of ours that a file imports, at the top or inside a function."""
+def imported(path: Path) -> set[str]:
+    """The modules of ours that a file imports, at the top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative imports hide the layer"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
-    known = modules()
-    names = {name.removeprefix(PACKAGE + ".") for name in found if name.startswith(PACKAGE + ".")}
-    return {name for name in names if name in known}
+            assert node.level == 0, f"{path.name}: a relative import hides the layer"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            ours = {name for name in whole if name.removeprefix(f"{PACKAGE}.") in MODULES}
+            found |= ours or {node.module or ""}
+    return {name.removeprefix(f"{PACKAGE}.") for name in found if name.startswith(f"{PACKAGE}.")}
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
+def test_every_module_has_its_place() -> None:
+    assert MODULES.keys() - {""} == PLACES.keys()
+
+
+@pytest.mark.parametrize("module", sorted(PLACES))
 def test_imports_point_down(module: str) -> None:
-    here = layer_of(module)
-    package = module.rpartition(".")[0]
-    for name in imports_of(modules()[module]):
-        if name in ("tyrant", "stores") and package == name:
-            continue
-        there = layer_of(name)
-        same_package = package and name.rpartition(".")[0] == package
-        in_order = name in NEIGHBOURS and module in NEIGHBOURS and NEIGHBOURS.index(name) < NEIGHBOURS.index(module)
-        inside = name.startswith(module + ".") if module else False
-        assert there < here or (there == here and (same_package or in_order or inside or here in (3, 5))), (
-            f"{module} (layer {here}) imports {name} (layer {there})"
+    layer, row, column = PLACES[module]
+    for name in imported(MODULES[module]):
+        their_layer, their_row, their_column = PLACES[name]
+        assert their_layer < layer or (their_layer == layer and their_row == row and their_column < column), (
+            f"{module} imports {name}, which is not below it"
         )
 
 
 def test_the_scheme_table_points_down_too() -> None:
     for target in stores.SCHEMES.values():
-        module = target.partition(":")[0].removeprefix(PACKAGE + ".")
-        assert layer_of(module) <= layer_of("stores")
-        assert hasattr(importlib.import_module(f"{PACKAGE}.{module}"), target.partition(":")[2])
+        module, _, name = target.partition(":")
+        assert PLACES[module.removeprefix(f"{PACKAGE}.")][0] <= PLACES["stores"][0]
+        assert hasattr(importlib.import_module(module), name)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_frameworks_stay_in_their_rooms(framework: str) -> None:
-    for module, path in modules().items():
+    for module, path in MODULES.items():
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -110,9 +116,7 @@ def test_importing_the_package_loads_no_driver_and_no_framework() -> None:
     assert not heavy & set(loaded.stdout.split())
 
 
-def test_the_core_never_mentions_vanish() -> None:
-    """Nothing of ours empties a server that others may share; the command is only spoken and served."""
-    spoken = {"tyrant.commands", "tyrant.verbs", "tyrant.server", "tyrant.pytyrant", "tyrant.wire"}
-    for module, path in modules().items():
-        if module not in spoken:
-            assert "VANISH" not in path.read_text(), module
+def test_nothing_of_ours_empties_a_server() -> None:
+    """Others may share it. The command is spoken and served, and offered to users of pytyrant's interface."""
+    for module in PLACES.keys() - {"tyrant.commands", "tyrant.verbs", "tyrant.pytyrant"}:
+        assert "VANISH" not in MODULES[module].read_text(), module

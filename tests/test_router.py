@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,32 @@ def test_all_states_of_anybody_can_be_read_and_set_at_once(storage: RouterStateS
     assert storage.states_of(sender) == dict.fromkeys(states, "BOUNCING")
     storage.set_all(sender, "START")
     assert storage.states_of(sender) == {}
+
+
+def test_one_of_many_moves_a_sender_on(storage: RouterStateStorage) -> None:
+    storage.set("other", "zed", "ONE")
+    storage.set("a", "zed", "CONFIRMING")
+    start = threading.Barrier(8)
+    moved: list[bool] = []
+
+    def move() -> None:
+        start.wait(10)
+        moved.append(storage.move("a", "zed", "CONFIRMING", "MEMBER"))
+
+    threads = [threading.Thread(target=move) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(moved) == [False] * 7 + [True]
+    assert storage.states_of("zed") == {"a": "MEMBER", "other": "ONE"}
+
+
+def test_from_start_and_back_again(storage: RouterStateStorage) -> None:
+    assert storage.move("a", "zed", "START", "MEMBER")
+    assert not storage.move("a", "zed", "START", "MEMBER")
+    assert storage.move("a", "zed", "MEMBER", "START")
+    assert storage.states_of("zed") == {}
 
 
 def test_everybody_can_be_listed(storage: RouterStateStorage) -> None:
@@ -248,10 +275,10 @@ def test_a_handler_that_raises_moves_the_sender_to_error(
 def test_one_read_serves_all_candidate_handlers(router: Any, handlers: Handlers, faulty: FaultyStore) -> None:
     install(router, {"beaker.session.url": faulty})
     router.deliver(message("one-read@example.com"))
-    before = faulty.calls
+    faulty.calls.clear()
     router.deliver(message("one-read@example.com"))
     assert handlers.calls == ["START", "MEMBER"]
-    assert faulty.calls - before == 1
+    assert faulty.calls == ["get"]
 
 
 @pytest.mark.parametrize("executed", [False, True])
@@ -263,11 +290,11 @@ def test_an_outage_at_any_call_defers_or_is_invisible(
     storage = install(router, {"beaker.session.url": faulty})
     seen = []
     for nth in range(1, 20):
-        sender = f"outage-{nth}-{forever}-{executed}@example.com"
-        faulty.arm(nth, forever=forever, executed=executed)
+        sender = f"outage-{nth}-{forever:d}-{executed:d}@example.com"
+        faulty.fail(nth, for_good=forever, executed=executed)
         answer = receive(sender)
-        met = faulty.triggered
-        faulty.disarm()
+        met = faulty.has_failed
+        faulty.heal()
         assert storage.states_of(sender) in ({}, {handlers.__name__: "MEMBER"})
         seen.append(answer)
         if answer is not None:
@@ -298,18 +325,23 @@ def test_an_outage_that_a_handler_meets_by_itself_moves_nobody_to_error(
     assert len(router.UNDELIVERABLE_QUEUE) == 0
 
 
+# Salmon's queue leaves the file of a message that it has popped to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_queue_receiver_waits_until_the_store_is_back(
     router: Any, handlers: Handlers, faulty: FaultyStore, tmp_path: Path
 ) -> None:
     storage = install(router, {"beaker.session.url": faulty}, on_outage="wait", patience=20)
-    faulty.arm(1, forever=True)
+    faulty.fail(1, for_good=True)
     waiting = queue.Queue(str(tmp_path / "queue"))
     waiting.push(message("queued@example.com"))
     receiver = QueueReceiver(str(tmp_path / "queue"), sleep=0, workers=1)
     thread = threading.Thread(target=receiver.start, kwargs={"one_shot": True})
     thread.start()
-    assert faulty.wait_until_triggered(10)
-    faulty.disarm()
+    deadline = time.monotonic() + 10
+    while not faulty.has_failed:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    faulty.heal()
     thread.join(20)
     assert not thread.is_alive()
     assert storage.get(handlers.__name__, "queued@example.com") == "MEMBER"
@@ -318,23 +350,23 @@ def test_a_queue_receiver_waits_until_the_store_is_back(
 
 def test_a_queue_receivers_patience_ends(router: Any, handlers: Handlers, faulty: FaultyStore) -> None:
     install(router, {"beaker.session.url": faulty}, on_outage="wait", patience=0.3)
-    faulty.arm(1, forever=True)
+    faulty.fail(1, for_good=True)
     try:
         with pytest.raises(StoreUnavailable):
             router.deliver(message("impatient@example.com"))
     finally:
-        faulty.disarm()
+        faulty.heal()
 
 
 def test_installing_twice_defers_once(router: Any, handlers: Handlers, faulty: FaultyStore) -> None:
     install(router, {"beaker.session.url": faulty}, on_outage="wait")
     install(router, {"beaker.session.url": faulty}, on_outage="defer")
-    faulty.arm(1, forever=True)
+    faulty.fail(1, for_good=True)
     try:
         with pytest.raises(SMTPError, match="451"):
             router.deliver(message("twice@example.com"))
     finally:
-        faulty.disarm()
+        faulty.heal()
 
 
 def test_the_attribute_that_salmons_documentation_misspells_is_warned_about(

@@ -15,10 +15,12 @@ import zlib
 from typing import Any
 
 import pytest
+from beaker import crypto
+from beaker.crypto import noencryption
 from beaker.session import Session
 
 from beaker_statestore import observe
-from beaker_statestore.exceptions import DocumentDamagedError, DocumentRefusedError
+from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError, DocumentRefusedError
 from beaker_statestore.namespace import TCJSONNamespaceManager
 from beaker_statestore.stores.base import Store
 
@@ -322,7 +324,9 @@ def test_a_poisoned_record_runs_nothing_and_is_named(
     with pytest.raises(DocumentDamagedError) as damaged:
         visitor.request()
     assert not Exploit.ran
-    assert any(word in str(damaged.value) for word in ("pickle", "JSON", "nothing", "empty", "text", "NaN")), damaged.value
+    assert any(word in str(damaged.value) for word in ("pickle", "JSON", "nothing", "empty", "text", "NaN")), (
+        damaged.value
+    )
     with pytest.warns(Warning, match="Invalidating corrupt session"):
         fresh = visitor.request(invalidate_corrupt=True)
     assert fresh.is_new
@@ -370,9 +374,20 @@ def test_an_encrypted_session_is_stored_as_ciphertext(options: dict[str, Any], s
     assert "zed" not in base64.b64decode(record["_opaque"][24:]).decode("latin-1")
 
 
-def test_a_slow_request_does_not_undo_the_logout_of_an_encrypted_session(
-    options: dict[str, Any], stored: Any
+def test_without_an_aes_library_no_ciphertext_is_believed(
+    options: dict[str, Any], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Beaker would take a poisoned pickle behind any nonce for what it has encrypted."""
+    visitor = Visitor(options, **KEYS, encrypted="true").starts_with(user="zed")
+    forged = "A" * 24 + POISON["base64 pickle"].decode()
+    store.put(f"{options['prefix']}session:{visitor.id}".encode(), json.dumps({"_opaque": forged}).encode())
+    monkeypatch.setitem(crypto.CRYPTO_MODULES, "default", noencryption)
+    with pytest.raises(ConfigurationError, match="pip install cryptography"):
+        visitor.request()
+    assert not Exploit.ran
+
+
+def test_a_slow_request_does_not_undo_the_logout_of_an_encrypted_session(options: dict[str, Any], stored: Any) -> None:
     visitor = Visitor(options, **KEYS, encrypted="true").starts_with(user="zed")
     slow, logout = visitor.request(), visitor.request()
     logout.namespace["session"]

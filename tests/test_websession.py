@@ -15,6 +15,9 @@ from beaker_statestore.stores import open_store
 from beaker_statestore.testing import FaultyStore
 from beaker_statestore.websession import OutageFilter, filter_app_factory, make_filter
 
+# Beaker says so of every error of a load, before it goes on to a second load.
+pytestmark = pytest.mark.filterwarnings("ignore:Invalidating corrupt session")
+
 
 def counting(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """An application that counts a visitor's visits, reads only, or says goodbye, as the path asks."""
@@ -63,12 +66,12 @@ def test_an_outage_at_any_call_gives_the_right_answer_or_503_and_keeps_the_sessi
         browser = TestApp(make_filter(application, settings))
         assert browser.get("/visit").text == "nobody 1"
         cookie = browser.cookies["beaker.session.id"]
-        faulty.arm(nth, forever=forever, executed=executed)
+        faulty.fail(nth, for_good=forever, executed=executed)
         try:
             response = browser.get(path, status="*")
         finally:
-            met = faulty.triggered
-            faulty.disarm()
+            met = faulty.has_failed
+            faulty.heal()
         left = path == "/leave"
         if response.status_int == 200:
             assert response.text == {"/read": "nobody 1", "/visit": "nobody 2", "/leave": "nobody 0"}[path]
@@ -122,11 +125,11 @@ def test_requests_that_overlap_in_stock_beakers_middleware_lose_nothing(options:
 
 def test_an_outage_gives_a_new_visitor_no_cookie(faulty: FaultyStore, settings: dict[str, Any]) -> None:
     browser = TestApp(make_filter(counting, settings))
-    faulty.arm(1, forever=True)
+    faulty.fail(1, for_good=True)
     try:
         response = browser.get("/visit", status=503)
     finally:
-        faulty.disarm()
+        faulty.heal()
     assert "Set-Cookie" not in response.headers
     assert browser.get("/visit").text == "nobody 1"
 
@@ -138,13 +141,13 @@ def test_an_application_that_catches_the_outage_gets_the_same_session_when_it_is
         try:
             environ["beaker.session"]["visits"]
         except StoreUnavailable:
-            faulty.disarm()
+            faulty.heal()
         return counting(environ, start_response)
 
     browser = TestApp(make_filter(counting, settings))
     browser.get("/visit")
     patient_browser = TestApp(make_filter(patient, settings), cookiejar=browser.cookiejar)
-    faulty.arm(1, forever=True)
+    faulty.fail(1, for_good=True)
     assert patient_browser.get("/read").text == "nobody 1"
 
 
@@ -174,7 +177,9 @@ def test_a_streaming_answer_streams_and_is_closed() -> None:
             events.append("closed")
 
     started: list[str] = []
-    body: Any = OutageFilter(streaming)({"PATH_INFO": "/"}, lambda status, headers, exc_info=None: started.append(status))
+    body: Any = OutageFilter(streaming)(
+        {"PATH_INFO": "/"}, lambda status, headers, exc_info=None: started.append(status)
+    )
     assert started == ["200 OK"]
     chunks = iter(body)
     assert next(chunks) == b"0"
