@@ -14,12 +14,13 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final, TypeVar
 
 from beaker_statestore import observe
 from beaker_statestore.exceptions import ContentionError, OutcomeUnknown, StateStoreError
 
-__all__ = ["LocalStore", "LocalVerbs", "Store", "Verbs"]
+__all__ = ["UNREAD", "LocalStore", "LocalVerbs", "Store", "Unread", "Verbs"]
 
 T = TypeVar("T")
 
@@ -29,16 +30,18 @@ CONTENTION_DEADLINE: Final = 5.0
 EAGER_TRIES: Final = 3
 #: The longest such wait, in seconds.
 LONGEST_BACKOFF: Final = 0.05
+#: How many keys are read at once where nobody says.
+PAGE: Final = 1000
 
 
-class _Unread:
+class Unread:
     """The type of `UNREAD`, so that it is distinct from ``None``, which means absent."""
 
     def __repr__(self) -> str:
         return "UNREAD"
 
 
-UNREAD: Final = _Unread()
+UNREAD: Final = Unread()
 
 
 class Verbs(ABC):
@@ -90,13 +93,13 @@ class Verbs(ABC):
 
     @abstractmethod
     def scan(
-        self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = 1000
+        self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = PAGE
     ) -> tuple[list[bytes], bytes | None]:
         """A page of the keys that begin with ``prefix``, and the cursor of the next page (``None`` after the last).
 
         A cursor is opaque and only good for the same prefix. Each key that is there all the time is delivered at
         least once; one that comes or goes meanwhile may or may not be. A page may be empty and not the last. No hot
-        path may use this.
+        path may use this. ``limit`` (1 or more) is how many keys a page has at most.
         """
 
     def keys(self, prefix: bytes = b"") -> Iterator[bytes]:
@@ -116,6 +119,9 @@ class Verbs(ABC):
 class Store(Verbs):
     """A place for records, local or remote."""
 
+    #: Whether `close` has been called.
+    closed: bool = False
+
     def apply(self, operations: Sequence[Callable[[Verbs], T]]) -> list[T]:
         """Run ``operations`` in order and answer their results in the same order.
 
@@ -131,7 +137,7 @@ class Store(Verbs):
         key: bytes,
         function: Callable[[bytes | None], bytes | None],
         *,
-        known: bytes | _Unread | None = UNREAD,
+        known: bytes | Unread | None = UNREAD,
         expires_at: Callable[[bytes], float | None] | None = None,
     ) -> bytes | None:
         """Replace the record by what ``function`` makes of it, atomically, and answer the new value.
@@ -143,30 +149,36 @@ class Store(Verbs):
         :param expires_at: computes the hint of the same name from the new value.
         :raises ContentionError: others kept changing the record for `CONTENTION_DEADLINE` seconds.
         :raises StoreUnavailable: the store failed. Where a swap's outcome was unknown, the record has been read back
-            first: if it holds the new value, the modification succeeded.
+            first: if it holds the new value, the modification succeeded. (So a function whose results may be the
+            same for different callers, as a counter's, can then be done once too few or too often; let it add
+            something of the caller's own.)
         """
         deadline = time.monotonic() + CONTENTION_DEADLINE
-        current = self.get(key) if isinstance(known, _Unread) else known
+        current = self.get(key) if isinstance(known, Unread) else known
+        # What swaps of unknown outcome may have written, or may yet: a stalled server can execute one late.
+        unsure: list[bytes | None] = []
         tries = 0
         while True:
             new = function(current)
             if new == current:
                 return current
             hint = expires_at(new) if expires_at is not None and new is not None else None
+            doubt: OutcomeUnknown | None = None
             try:
                 if self.compare_and_swap(key, current, new, hint):
                     return new
-            except OutcomeUnknown:
-                current = self.get(key)
-                if current == new:
-                    return new
-                observe.count("store.outcome_unknown")
-            else:
                 observe.count("store.contention")
-                current = self.get(key)
+            except OutcomeUnknown as error:
+                observe.count("store.outcome_unknown")
+                doubt = error
+                unsure.append(new)
+            current = self.get(key)
+            if current in unsure:
+                return current
             tries += 1
             if time.monotonic() >= deadline:
-                raise ContentionError(f"{key!r} was changed by others {tries} times while we tried to change it")
+                # The message has no key: whoever knows a session's key owns the session.
+                raise doubt or ContentionError(f"others changed the record while we tried to, {tries} times")
             if tries > EAGER_TRIES:
                 # Jitter keeps rivals out of step; it needs no cryptographic quality.
                 time.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.001 * 2**tries)))  # noqa: S311
@@ -213,22 +225,27 @@ class LocalVerbs(Verbs):
         """Remove every record."""
 
     def scan(
-        self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = 1000
+        self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = PAGE
     ) -> tuple[list[bytes], bytes | None]:
         """As promised in `Verbs`; here the cursor is the last key of the page."""
+        if limit < 1:
+            raise ValueError(f"a page of {limit} keys would never end the scan")
         start, after = (prefix, False) if cursor is None else (cursor, True)
         page: list[bytes] = []
         for key in self.ordered_keys(start, after=after):
             if not key.startswith(prefix):
                 break
-            if len(page) == limit:
-                return page, page[-1] if page else cursor
+            if len(page) >= limit:
+                return page, page[-1]
             page.append(key)
         return page, None
 
 
 class LocalStore(LocalVerbs, Store):
-    """An engine in this process: what a server may have behind it."""
+    """An engine in this process: what a server may have behind it.
+
+    An engine writes `apply`; every verb on its own is a transaction of one operation.
+    """
 
     #: A write waits for the disk, so it must not run on an event loop.
     blocking: bool = False
@@ -237,6 +254,57 @@ class LocalStore(LocalVerbs, Store):
     def apply(self, operations: Sequence[Callable[[LocalVerbs], T]]) -> list[T]:
         """As promised in `Store`, always in one transaction."""
 
+    @abstractmethod
     def crash_can_lose(self) -> str:
         """One sentence for operators: what is lost when the process or the machine dies."""
-        raise NotImplementedError
+
+    def _alone(self, operation: Callable[[LocalVerbs], T]) -> T:
+        return self.apply([operation])[0]
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._alone(lambda verbs: verbs.get(key))
+
+    def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        wanted = list(keys)
+        return self._alone(lambda verbs: verbs.get_many(wanted))
+
+    def put(self, key: bytes, value: bytes, expires_at: float | None = None) -> None:
+        self._alone(lambda verbs: verbs.put(key, value, expires_at))
+
+    def put_many(self, items: Mapping[bytes, bytes]) -> None:
+        self._alone(lambda verbs: verbs.put_many(items))
+
+    def add(self, key: bytes, value: bytes, expires_at: float | None = None) -> bool:
+        return self._alone(lambda verbs: verbs.add(key, value, expires_at))
+
+    def delete(self, key: bytes) -> bool:
+        return self._alone(lambda verbs: verbs.delete(key))
+
+    def delete_many(self, keys: Iterable[bytes]) -> None:
+        unwanted = list(keys)
+        self._alone(lambda verbs: verbs.delete_many(unwanted))
+
+    def compare_and_swap(
+        self, key: bytes, expected: bytes | None, new: bytes | None, expires_at: float | None = None
+    ) -> bool:
+        return self._alone(lambda verbs: verbs.compare_and_swap(key, expected, new, expires_at))
+
+    def scan(
+        self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = PAGE
+    ) -> tuple[list[bytes], bytes | None]:
+        return self._alone(lambda verbs: verbs.scan(prefix, cursor, limit))
+
+    def ordered_keys(self, start: bytes = b"", *, after: bool = False) -> Iterator[bytes]:
+        """As promised in `LocalVerbs`, and good for as long as one likes: each page is a transaction of its own."""
+        while page := self._page(start, after):
+            yield from page
+            start, after = page[-1], True
+
+    def _page(self, start: bytes, after: bool) -> list[bytes]:
+        return self._alone(lambda verbs: list(islice(verbs.ordered_keys(start, after=after), PAGE)))
+
+    def count(self) -> int:
+        return self._alone(lambda verbs: verbs.count())
+
+    def clear(self) -> None:
+        self._alone(lambda verbs: verbs.clear())

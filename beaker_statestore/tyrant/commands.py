@@ -83,9 +83,9 @@ class Reply(NamedTuple):
     value: Any = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Command:
-    """One row of the table.
+    """One row of the table, equal only to itself.
 
     Calling a row makes a `Request`: ``PUT(b"key", b"value")``.
     """
@@ -195,6 +195,11 @@ COMMANDS: Final[dict[int, Command]] = {
 
 #: ``misc`` functions that may be sent again, as `Command.repeatable`; ``search`` may delete, so it is not here.
 REPEATABLE_MISC: Final = frozenset({b"get", b"getlist", b"getpart", b"regex", b"range", b"error"})
+#: Our own ``ext`` functions. `PROBE` has no effect and answers what the server can do; see `tyrant.swap` for it and
+#: `CAS`, `tyrant.paging` for `SCAN`.
+PROBE: Final = b"statestore"
+CAS: Final = b"cas"
+SCAN: Final = b"scan"
 #: ``misc`` option: keep the call out of the update log. The original logs every call without it, even reads.
 NO_UPDATE_LOG: Final = 1
 
@@ -204,10 +209,5 @@ def is_repeatable(request: Request) -> bool:
     if request.command is MISC:
         return bool(request.arguments[0] in REPEATABLE_MISC)
     if request.command is EXT:
-        return bool(request.arguments[0] == PROBE)
+        return bool(request.arguments[0] in (PROBE, SCAN))
     return request.command.repeatable
-
-
-#: Our own ``ext`` functions. `PROBE` has no effect and answers what the server can do; see `tyrant.swap`.
-PROBE: Final = b"statestore"
-CAS: Final = b"cas"

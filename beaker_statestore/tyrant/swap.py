@@ -18,8 +18,6 @@ from beaker_statestore.exceptions import ProtocolError
 
 SWAPPED: Final = b"1"
 NOT_SWAPPED: Final = b"0"
-#: What our own server answers to the probe.
-CAPABILITIES: Final = b"statestore cas"
 
 _HEAD: Final = struct.Struct(">BI")
 _HAS_EXPECTED: Final = 1

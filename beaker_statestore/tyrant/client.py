@@ -1,0 +1,491 @@
+"""A client of Tyrant servers: a connection, a pool of connections, and the policy of what may be sent again.
+
+Everything that waits here waits until a deadline on the monotonic clock, for the whole of a call and not for each
+piece of it. Everything that can go wrong with a socket leaves as `StoreUnavailable` or, when a request that changes
+something may have been carried out, as `OutcomeUnknown`; no OSError passes this door. What commands mean is known to
+the table in `commands` alone, and nothing here knows the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from beaker_statestore import observe
+from beaker_statestore.exceptions import (
+    ConfigurationError,
+    OutcomeUnknown,
+    ProtocolError,
+    StateStoreError,
+    StoreUnavailable,
+)
+from beaker_statestore.tyrant.address import Address
+from beaker_statestore.tyrant.commands import (
+    EXT,
+    MISC,
+    PROBE,
+    STORE_FAILED,
+    SUCCESS,
+    Body,
+    Reply,
+    Request,
+    is_repeatable,
+)
+from beaker_statestore.tyrant.wire import ReplyDecoder, encode_request
+
+__all__ = ["Client", "Connection", "NotSentError", "Pool", "connect"]
+
+DEFAULT_CONNECT_TIMEOUT: Final = 2.0
+DEFAULT_TIMEOUT: Final = 5.0
+DEFAULT_POOL_SIZE: Final = 16
+#: An idle connection is not used again after so many seconds: something on the way may have forgotten it in silence.
+MAX_IDLE: Final = 60.0
+#: How long to wait before a request is sent again, in seconds; a random time in this range, so that many clients of a
+#: server that has just come back do not act in step.
+RETRY_PAUSE: Final = (0.02, 0.1)
+
+_RECEIVE_SIZE: Final = 65536
+
+
+class NotSentError(StoreUnavailable):
+    """The connection failed before the first byte of the request had left, so nobody has carried it out."""
+
+
+# -- one connection
+
+
+def connect(address: Address, deadline: float) -> socket.socket:
+    """A socket connected to ``address``, without a timeout of its own set.
+
+    The deadline does not bind the resolver of host names, which has its own (resolv.conf); numeric addresses and
+    Unix sockets do not need it.
+
+    :param deadline: when to give up, on the monotonic clock.
+    :raises StoreUnavailable: nobody answers there; the message says what to check.
+    """
+    try:
+        if address.path is not None:
+            return _connect(socket.AF_UNIX, address.path, deadline)
+        *others, last = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        for family, _, _, _, target in others:
+            with contextlib.suppress(OSError):
+                return _connect(family, target, deadline)
+        return _connect(last[0], last[4], deadline)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host name that IDNA cannot encode
+        raise StoreUnavailable(_why_not_connected(address, error)) from error
+
+
+def _connect(family: int, target: Any, deadline: float) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        while True:
+            sock.settimeout(_remaining(deadline))
+            try:
+                sock.connect(target)
+                break
+            except BlockingIOError:
+                # The queue of a Unix socket is full. The kernel waits for room only without a timeout (connect(2)).
+                time.sleep(min(0.01, _remaining(deadline)))
+        if family != socket.AF_UNIX:
+            if sock.getsockname() == sock.getpeername():
+                # TCP's simultaneous open: nobody listens at this port, and the kernel chose it for our own end.
+                raise ConnectionRefusedError("connected to itself")
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(None)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _why_not_connected(address: Address, error: Exception) -> str:
+    listen = f" --listen {address}" if address != Address() else ""
+    start = f"start one with `statestore serve{listen}`"
+    if isinstance(error, ConnectionRefusedError):
+        return f"no Tyrant server answers at {address} (connection refused): {start}"
+    if isinstance(error, FileNotFoundError):
+        return f"no Tyrant server answers at {address} (there is no such socket): {start}"
+    if isinstance(error, TimeoutError):
+        return f"no Tyrant server answers at {address} (no connection in time): check the address and the firewall"
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return f"cannot find the host {address.host!r} ({error}): check the address of the Tyrant server"
+    if isinstance(error, PermissionError):
+        return f"may not connect to the Tyrant server at {address} ({error.strerror}): check the socket's permissions"
+    return f"cannot connect to the Tyrant server at {address}: {error}"
+
+
+def _remaining(deadline: float) -> float:
+    """The seconds until ``deadline``, always more than 0.
+
+    :raises TimeoutError: it has passed.
+    """
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("the deadline has passed")
+    return seconds
+
+
+class Connection:
+    """A connection to a server, for one thread at a time.
+
+    Any failure during a call closes it for good: a late or halved reply must never be taken for the answer to a
+    later request, and replies do not say what they answer.
+    """
+
+    def __init__(self, sock: socket.socket, address: Address) -> None:
+        """:param sock: connected; it belongs to the connection from now on."""
+        sock.setblocking(False)
+        self.address = address
+        self.closed = False
+        #: When it was last given back to a pool.
+        self.idle_since = time.monotonic()
+        self._socket = sock
+        self._decoder = ReplyDecoder()
+        self._capabilities: frozenset[bytes] | None = None
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._readable_or_writable = select.poll()
+        self._readable_or_writable.register(sock, select.POLLIN | select.POLLOUT)
+
+    @classmethod
+    def open(cls, address: Address, deadline: float) -> Connection:
+        """A connection to the server at ``address``; errors as for `connect`."""
+        connection = cls(connect(address, deadline), address)
+        observe.count("tyrant.connections")
+        return connection
+
+    def is_alive(self) -> bool:
+        """Whether an idle connection can be used.
+
+        Between calls a server has nothing to say, so bytes that wait are as bad as an end or an error.
+        """
+        return not self.closed and not self._readable.poll(0)
+
+    def capabilities(self, deadline: float) -> frozenset[bytes]:
+        """The names of our own functions that the server has (see `swap`); asked once per connection.
+
+        An original server has none, unless somebody gave it a script.
+
+        :raises NotSentError: the connection failed.
+        """
+        if self._capabilities is None:
+            try:
+                ((status, names),) = self.call([EXT(PROBE, b"", b"", 0)], deadline)
+            except StoreUnavailable as error:
+                raise NotSentError(str(error)) from error
+            self._capabilities = frozenset(names.split() if status == SUCCESS else ())
+        return self._capabilities
+
+    def call(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
+        """Send ``requests`` together and answer their replies, in order.
+
+        A request that is never answered (``putnr``) counts as successful once it has been sent.
+
+        :param deadline: when all must be done, on the monotonic clock.
+        :raises ProtocolError: a request cannot be encoded; nothing has happened and the connection is good.
+        :raises NotSentError: it failed before the first byte had left.
+        :raises OutcomeUnknown: it failed later, and some request is not repeatable.
+        :raises StoreUnavailable: it failed later, and sending all of them again does no harm.
+        """
+        unsent = data = memoryview(b"".join([encode_request(request) for request in requests]))
+        if time.monotonic() >= deadline:
+            raise self._failure(TimeoutError(), requests, begun=False)
+        replies: list[Reply] = []
+        answered = [request for request in requests if request.command.body is not Body.NO_REPLY]
+        try:
+            for request in answered:
+                self._decoder.expect(request)
+            while unsent or len(replies) < len(answered):
+                if unsent:
+                    unsent = unsent[self._send(unsent) :]
+                if unsent or len(replies) < len(answered):
+                    # Replies are taken while requests still leave. Were they left until then, a server that waits
+                    # for its replies to be read would stop reading requests, and both would wait for ever.
+                    self._wait(self._readable_or_writable if unsent else self._readable, deadline)
+                    replies += self._receive()
+        except (OSError, ProtocolError) as error:
+            self.close()
+            raise self._failure(error, requests, begun=len(unsent) < len(data)) from error
+        except BaseException:
+            # An interrupt, or a greenlet's timeout: the reply may still come.
+            self.close()
+            raise
+        if len(answered) == len(requests):
+            return replies
+        it = iter(replies)
+        return [Reply(SUCCESS) if request.command.body is Body.NO_REPLY else next(it) for request in requests]
+
+    def _send(self, data: memoryview) -> int:
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+
+    def _receive(self) -> list[Reply]:
+        try:
+            data = self._socket.recv(_RECEIVE_SIZE)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise ConnectionError("the connection was closed")
+        self._decoder.feed(data)
+        replies = []
+        while (message := self._decoder.next()) is not None:
+            _, reply = message
+            if reply.status > STORE_FAILED:
+                raise ProtocolError(f"there is no status {reply.status}")
+            replies.append(reply)
+        return replies
+
+    @staticmethod
+    def _wait(poll: select.poll, deadline: float) -> None:
+        # Rounded up: poll counts milliseconds, and a shorter wait would end just before the deadline, again and again.
+        if not poll.poll(math.ceil(_remaining(deadline) * 1000)):
+            raise TimeoutError("the deadline has passed")
+
+    def _failure(self, error: Exception, requests: Sequence[Request], *, begun: bool) -> StoreUnavailable:
+        names = ", ".join(dict.fromkeys(map(_name, requests)))
+        if isinstance(error, TimeoutError):
+            what = f"the Tyrant server at {self.address} did not answer {names} in time"
+            remedy = "see whether it is overloaded or stopped"
+        elif isinstance(error, ProtocolError):
+            what = f"what answered {names} at {self.address} does not speak the Tyrant protocol ({error})"
+            remedy = "check the address"
+        else:
+            what = f"the connection to the Tyrant server at {self.address} broke before {names} was answered ({error})"
+            remedy = "see whether the server was restarted, and its log"
+        if not begun:
+            return NotSentError(f"{what}; nothing had been sent: {remedy}")
+        if all(map(is_repeatable, requests)):
+            return StoreUnavailable(f"{what}: {remedy}")
+        return OutcomeUnknown(f"{what}, so whether it was carried out is unknown: {remedy}")
+
+    def close(self) -> None:
+        """Close it, in this process. What has been sent is still delivered."""
+        self.closed = True
+        self._socket.close()
+
+
+def _name(request: Request) -> str:
+    command, arguments = request
+    if command in (EXT, MISC):
+        return f"{command.name} {arguments[0].decode(errors='backslashreplace')}"
+    return command.name
+
+
+# -- many connections
+
+
+class Pool:
+    """Up to ``size`` connections to one server, shared by threads, each lent to one at a time.
+
+    The one used last is lent first, so that those beyond the usual need grow old and go. A dead one is found out
+    before it is lent. After a fork the child begins without any. Connections are closed with the pool, at the latest
+    when it is forgotten.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        size: int = DEFAULT_POOL_SIZE,
+        connect_timeout: float = DEFAULT_CONNECT_TIMEOUT,
+        max_idle: float = MAX_IDLE,
+        opened: Iterable[Connection] = (),
+    ) -> None:
+        """
+        :param connect_timeout: how long opening a connection may take, in seconds.
+        :param max_idle: for how many seconds an idle connection can be used again.
+        :param opened: connections to ``address`` to begin with, at most ``size``.
+        :raises ConfigurationError: a number makes no sense.
+        """
+        if size < 1:
+            raise ConfigurationError(f"pool_size is {size}: a pool needs at least 1 connection")
+        _check_seconds("connect_timeout", connect_timeout)
+        self.address = address
+        self.size = size
+        self.connect_timeout = connect_timeout
+        self.max_idle = max_idle
+        self._closed = False
+        # Whoever holds a connection, or opens one, holds a place. One is opened only by a holder of a place who saw
+        # no idle one, so that there never are more than places. Appending to a list and popping from it are atomic.
+        self._places = threading.BoundedSemaphore(size)
+        self._idle: list[Connection] = list(opened)
+        self._lent: set[Connection] = set()
+        weakref.finalize(self, _close_all, self._idle, self._lent)
+        _pools.add(self)
+
+    def acquire(self, deadline: float) -> Connection:
+        """Lend a connection that is alive, for `release` to take back.
+
+        :param deadline: how long to wait for one, on the monotonic clock.
+        :raises StoreUnavailable: none came free in time, or no new one could be opened.
+        :raises StateStoreError: the pool has been closed.
+        """
+        if not self._places.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise StoreUnavailable(
+                f"all {self.size} connections to the Tyrant server at {self.address} stayed in use: "
+                "see why calls take so long, or raise pool_size"
+            )
+        try:
+            if self._closed:
+                raise StateStoreError(f"the client of the Tyrant server at {self.address} has been closed")
+            connection = self._pop() or Connection.open(
+                self.address, min(deadline, time.monotonic() + self.connect_timeout)
+            )
+        except BaseException:
+            self._places.release()
+            raise
+        self._lent.add(connection)
+        return connection
+
+    def release(self, connection: Connection) -> None:
+        """Take back ``connection``."""
+        self._lent.discard(connection)
+        if not connection.closed:
+            connection.idle_since = time.monotonic()
+            self._idle.append(connection)
+        if self._closed:
+            self.drop_idle()
+        self._places.release()
+
+    def _pop(self) -> Connection | None:
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # another thread was quicker
+                break
+            if connection.is_alive() and time.monotonic() - connection.idle_since <= self.max_idle:
+                return connection
+            connection.close()
+        return None
+
+    def drop_idle(self) -> None:
+        """Close the connections that are idle."""
+        _close_all(self._idle)
+
+    def close(self) -> None:
+        """Close what is idle now, and what is lent when it comes back."""
+        self._closed = True
+        self.drop_idle()
+
+    def _after_fork(self) -> None:
+        # The sockets are shared with the parent, so nothing may be sent on them. Closing this process's descriptors
+        # tells the server nothing while the parent has its own. Other threads of the parent may have held places and
+        # the semaphore's lock; they do not exist here and will not give them back.
+        _close_all(self._idle, self._lent)
+        self._places = threading.BoundedSemaphore(self.size)
+
+
+def _close_all(*groups: list[Connection] | set[Connection]) -> None:
+    for group in groups:
+        while group:
+            try:
+                connection = group.pop()
+            except (IndexError, KeyError):  # another thread was quicker
+                break
+            connection.close()
+
+
+_pools: Final[weakref.WeakSet[Pool]] = weakref.WeakSet()
+
+
+def _forget_inherited_connections() -> None:
+    for pool in list(_pools):
+        pool._after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_inherited_connections)
+
+
+# -- the policy
+
+
+class Client:
+    """Calls to one server, from any thread, each with one deadline for everything: waiting, connecting, retrying.
+
+    A request is sent again, once and on a new connection, if not a byte of it had left, or if `is_repeatable` says
+    that this does no harm. A server that accepts no connections is reported at once.
+    """
+
+    def __init__(self, pool: Pool, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """:param timeout: how long a call may take in all, in seconds."""
+        _check_seconds("timeout", timeout)
+        self.pool = pool
+        self.timeout = timeout
+
+    def call(self, request: Request, *, requires: bytes | None = None) -> Reply:
+        """The reply to ``request``, of status `SUCCESS` or `FAILURE`.
+
+        :param requires: a function of our own that the server must have; it is asked first, once per connection.
+        :raises ProtocolError: the request cannot be encoded.
+        :raises ConfigurationError: the server does not have what is required.
+        :raises OutcomeUnknown: the request may have been carried out, and no answer came.
+        :raises StoreUnavailable: the request was not carried out, or it changes nothing.
+        """
+        (reply,) = self.pipeline([request], requires=requires)
+        if reply.status == STORE_FAILED:
+            raise StoreUnavailable(
+                f"the store behind the Tyrant server at {self.pool.address} failed to carry out {_name(request)}: "
+                "see the server's log"
+            )
+        return reply
+
+    def pipeline(self, requests: Sequence[Request], *, requires: bytes | None = None) -> list[Reply]:
+        """The replies to ``requests``, which are sent together, in order; errors as for `call`.
+
+        A reply may have any status that there is. All requests are sent again if any is, and only if all may be.
+        """
+        deadline = time.monotonic() + self.timeout
+        retried = False
+        while True:
+            connection = self.pool.acquire(deadline)
+            try:
+                if requires is not None and requires not in connection.capabilities(deadline):
+                    raise _unsupported(self.pool.address, requires)
+                return connection.call(requests, deadline)
+            except OutcomeUnknown:
+                raise
+            except StoreUnavailable as error:
+                pause = 0.0 if isinstance(error, NotSentError) else random.uniform(*RETRY_PAUSE)  # noqa: S311 - no secret
+                if retried or time.monotonic() + pause >= deadline:
+                    raise
+            finally:
+                self.pool.release(connection)
+            retried = True
+            observe.count("tyrant.retries")
+            # What broke one connection has most likely broken all.
+            self.pool.drop_idle()
+            time.sleep(pause)
+
+    def close(self) -> None:
+        """Close the pool."""
+        self.pool.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _unsupported(address: Address, function: bytes) -> ConfigurationError:
+    return ConfigurationError(
+        f"the server at {address} is an original ttserver without our function {function.decode()!r}: run "
+        "`statestore serve` in its place. (Using original servers through a script of ours, statestore.lua, comes in "
+        "a later version.)"
+    )
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    if not 0 < seconds < math.inf:
+        raise ConfigurationError(f"{name} is {seconds!r}: give a number of seconds above 0, for example 5")
