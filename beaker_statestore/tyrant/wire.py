@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -29,6 +29,7 @@ from beaker_statestore.tyrant.commands import (
     SUCCESS,
     Body,
     Command,
+    Field,
     Kind,
     Reply,
     Request,
@@ -68,11 +69,11 @@ class Limits:
     blob: int = MAX_BLOB
     count: int = MAX_COUNT
     name: int = MAX_NAME
-    #: All bytes of one message together.
-    message: int = 2 * MAX_BLOB
+    #: All bytes of one message together; in the original, key and value may both be as long as they may.
+    message: int = 2 * MAX_BLOB + 1024
 
     def check(self, length: int, limit: int, what: str) -> None:
-        """Raise `ProtocolError` if ``length`` is above ``limit``."""
+        """Raise `ProtocolError` if ``length`` is above ``limit``, which is one of these."""
         if length > limit:
             raise ProtocolError(f"{what} of {length} is above the limit of {limit}")
 
@@ -86,13 +87,14 @@ LIMITS: Final = Limits()
 def float_to_decimal(number: float) -> tuple[int, int]:
     """``number`` as integral part and 10**-12ths, both with its sign, as ttserver packs it (ttpackdouble).
 
-    Anything from 2**63 up cannot be told from infinity on this wire; that is the original's defect, not ours to mend.
+    Numbers of 2**63 and more cannot be told from infinity on this wire. They go out as the infinity of their own
+    sign; the original makes negative infinity of the positive ones too.
     """
     if math.isnan(number):
         return _INT64_MIN, _INT64_MIN
     if number >= 2.0**63:
         return _INT64_MAX, 0
-    if number < -(2.0**63) or number == -(2.0**63):
+    if number <= -(2.0**63):
         return _INT64_MIN, 0
     fraction, integral = math.modf(number)
     return int(integral), int(fraction * _FRACTION)
@@ -107,6 +109,43 @@ def decimal_to_float(integral: int, fractional: int) -> float:
     return integral + fractional / _FRACTION
 
 
+# -- the table, compiled
+
+
+class _Layout:
+    """One command's header as a struct, and what each of its integers stands for."""
+
+    def __init__(self, command: Command) -> None:
+        self.header: Final = struct.Struct(">" + "".join(map(_struct_code, command.header)))
+        #: For each integer: the place of its argument in a `Request`; if it is only the length of that, which of the
+        #: `Limits` holds for it; what to call it.
+        self.integers: Final = [
+            (command.parameters.index(field.name), _limit_name(field), f"{command.name}'s {field.name}")
+            for field in command.header
+        ]
+        kinds = [field.kind for field in command.header]
+        #: So many strings of bytes come first among the arguments, then a list of such if there is one.
+        self.blobs: Final = kinds.count(Kind.LENGTH)
+        self.has_list: Final = Kind.COUNT in kinds
+
+
+def _struct_code(field: Field) -> str:
+    if field.kind is not Kind.NUMBER:
+        return "I"
+    return "q" if field.size == 8 else "i"
+
+
+def _limit_name(field: Field) -> str | None:
+    if field.kind is Kind.NUMBER:
+        return None
+    if field.kind is Kind.COUNT:
+        return "count"
+    return "name" if field.name == "name" else "blob"
+
+
+_LAYOUTS: Final = {command: _Layout(command) for command in COMMANDS.values()}
+
+
 # -- encoding
 
 
@@ -116,54 +155,60 @@ def encode_request(request: Request) -> bytes:
     :raises ProtocolError: an argument is too long or too large for the wire.
     """
     command, arguments = request
-    named = dict(zip(command.parameters, arguments, strict=True))
-    head = bytearray((MAGIC, command.id))
-    tail: list[bytes] = []
-    items: list[bytes] = []
-    for name, kind, size in command.header:
-        argument = named[name]
-        if kind is Kind.LENGTH:
-            LIMITS.check(len(argument), LIMITS.name if name == "name" else LIMITS.blob, f"{command.name}'s {name}")
-            head += _U32.pack(len(argument))
-            tail.append(argument)
-        elif kind is Kind.COUNT:
-            LIMITS.check(len(argument), LIMITS.count, f"{command.name}'s number of {name}")
-            head += _U32.pack(len(argument))
-            for item in argument:
-                LIMITS.check(len(item), LIMITS.blob, f"an element of {command.name}'s {name}")
-                items += (_U32.pack(len(item)), item)
-        else:
-            try:
-                head += (_I64 if size == 8 else _I32).pack(argument)
-            except struct.error as error:
-                raise ProtocolError(f"{command.name}'s {name} is {argument!r}: {error}") from error
-    return b"".join((head, *tail, *items))
+    layout = _LAYOUTS[command]
+    integers = []
+    for place, limit, what in layout.integers:
+        integer = arguments[place]
+        if limit is not None:
+            integer = len(integer)
+            LIMITS.check(integer, getattr(LIMITS, limit), what)
+        integers.append(integer)
+    try:
+        header = layout.header.pack(*integers)
+    except struct.error as error:
+        raise ProtocolError(f"{command.name}'s header cannot hold {integers}: {error}") from error
+    parts = [bytes((MAGIC, command.id)), header, *arguments[: layout.blobs]]
+    if layout.has_list:
+        for item in arguments[layout.blobs]:
+            LIMITS.check(len(item), LIMITS.blob, f"an element of {command.name}")
+            parts += (_U32.pack(len(item)), item)
+    return b"".join(parts)
 
 
 def encode_reply(command: Command, reply: Reply) -> bytes:
     """The bytes of the answer ``reply`` to ``command``; empty for a command that is never answered."""
     status, value = reply
-    body = command.body
-    if body is Body.NO_REPLY:
+    if command.body is Body.NO_REPLY:
         return b""
-    code = bytes((status,))
-    if status != SUCCESS:
-        return code + _U32.pack(0) if command.body_on_failure else code
-    return code + _BODIES[body][0](value)
+    if status == SUCCESS:
+        return b"\0" + _WRITERS[command](value)
+    return bytes((status,)) + (_U32.pack(0) if command.body_on_failure else b"")
 
 
-def _encode_blobs(blobs: list[bytes]) -> bytes:
+def _write_nothing(_value: None) -> bytes:
+    return b""
+
+
+def _write_blob(blob: bytes) -> bytes:
+    return _U32.pack(len(blob)) + blob
+
+
+def _write_blobs(blobs: Sequence[bytes]) -> bytes:
     parts = [_U32.pack(len(blobs))]
     for blob in blobs:
         parts += (_U32.pack(len(blob)), blob)
     return b"".join(parts)
 
 
-def _encode_pairs(pairs: list[tuple[bytes, bytes]]) -> bytes:
+def _write_pairs(pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
     parts = [_U32.pack(len(pairs))]
     for key, value in pairs:
         parts += (_TWO_U32.pack(len(key), len(value)), key, value)
     return b"".join(parts)
+
+
+def _write_decimal(number: float) -> bytes:
+    return _TWO_I64.pack(*float_to_decimal(number))
 
 
 # -- decoding
@@ -176,9 +221,9 @@ class Decoder(Generic[T]):
         self._limits = limits
         self._buffer = bytearray()
         self._position = 0
-        self._read_so_far = 0
-        self._wanted = 0
         self._reading: Reading[T] | None = None
+        self._wanted = 0
+        self._read_so_far = 0
         self._broken: ProtocolError | None = None
 
     def feed(self, data: bytes) -> None:
@@ -187,9 +232,14 @@ class Decoder(Generic[T]):
             self._buffer += data
 
     @property
+    def buffered(self) -> int:
+        """How many bytes are held here: those of the message that `midway` tells of and those behind it."""
+        return len(self._buffer) - self._position + (self._read_so_far if self._reading is not None else 0)
+
+    @property
     def midway(self) -> bool:
-        """Whether part of a message has arrived and its rest has not."""
-        return self._broken is None and (self._reading is not None or self._position < len(self._buffer))
+        """Whether, once `next` has answered ``None``, part of a message is here and its rest is not."""
+        return self.buffered > 0
 
     def next(self) -> T | None:
         """The next complete message, or ``None`` until more bytes have been fed.
@@ -202,53 +252,39 @@ class Decoder(Generic[T]):
             return self._advance()
         except ProtocolError as error:
             self._broken = error
+            self._reading = None
             self._buffer.clear()
+            self._position = 0
             raise
 
     def _advance(self) -> T | None:
         if self._reading is None:
-            if not self._ready():
+            if self._position == len(self._buffer):
                 return None
             self._reading = self._read()
-            self._read_so_far = 0
             self._wanted = next(self._reading)
+            self._read_so_far = 0
+        message: T | None = None
         while len(self._buffer) - self._position >= self._wanted:
-            end = self._position + self._wanted
-            piece = bytes(self._buffer[self._position : end])
-            self._position = end
-            self._read_so_far += len(piece)
+            piece = memoryview(self._buffer)[self._position : self._position + self._wanted].tobytes()
+            self._position += self._wanted
+            self._read_so_far += self._wanted
             try:
                 self._wanted = self._reading.send(piece)
             except StopIteration as stop:
                 self._reading = None
-                message: T = stop.value
-                self._discard_read()
-                return message
+                message = stop.value
+                break
             self._limits.check(self._read_so_far + self._wanted, self._limits.message, "a message")
-        self._discard_read()
-        return None
-
-    def _discard_read(self) -> None:
         # Moving the rest down costs its length, so it waits until at least as much has been read.
         if self._position * 2 >= len(self._buffer):
             del self._buffer[: self._position]
             self._position = 0
-
-    def _ready(self) -> bool:
-        return self._position < len(self._buffer)
+        return message
 
     def _read(self) -> Reading[T]:
+        """Ask for the bytes of one message piece by piece, and return it."""
         raise NotImplementedError
-
-
-def _read_blobs(count: int, limits: Limits) -> Reading[list[bytes]]:
-    limits.check(count, limits.count, "a list")
-    blobs = []
-    for _ in range(count):
-        (length,) = _U32.unpack((yield 4))
-        limits.check(length, limits.blob, "an element")
-        blobs.append((yield length))
-    return blobs
 
 
 class RequestDecoder(Decoder[Request]):
@@ -261,29 +297,21 @@ class RequestDecoder(Decoder[Request]):
         command = COMMANDS.get(command_id)
         if command is None:
             raise ProtocolError(f"there is no command {command_id:02X}")
-        limits = self._limits
-        lengths: list[int] = []
-        count: int | None = None
-        numbers: list[int] = []
-        for name, kind, size in command.header:
-            if kind is Kind.LENGTH:
-                (length,) = _U32.unpack((yield 4))
-                limits.check(length, limits.name if name == "name" else limits.blob, f"{command.name}'s {name}")
-                lengths.append(length)
-            elif kind is Kind.COUNT:
-                (count,) = _U32.unpack((yield 4))
-                limits.check(count, limits.count, f"{command.name}'s number of {name}")
-            else:
-                (number,) = (_I64 if size == 8 else _I32).unpack((yield size))
-                numbers.append(number)
-        if command is PUTSHL and numbers[0] < 0:
-            raise ProtocolError(f"putshl's width is {numbers[0]}")
-        arguments: list[Any] = []
-        for length in lengths:
-            arguments.append((yield length))
-        if count is not None:
-            arguments.append((yield from _read_blobs(count, limits)))
-        return Request(command, (*arguments, *numbers))
+        layout = _LAYOUTS[command]
+        arguments: list[Any] = [None] * len(layout.integers)
+        integers = layout.header.unpack((yield layout.header.size))
+        for integer, (place, limit, what) in zip(integers, layout.integers, strict=True):
+            if limit is not None:
+                # A negative length reads as one above every limit.
+                self._limits.check(integer, getattr(self._limits, limit), what)
+            arguments[place] = integer
+        if command is PUTSHL and arguments[2] < 0:
+            raise ProtocolError(f"putshl's width is {arguments[2]}")
+        for place in range(layout.blobs):
+            arguments[place] = yield arguments[place]
+        if layout.has_list:
+            arguments[layout.blobs] = yield from _read_items(arguments[layout.blobs], self._limits)
+        return Request(command, tuple(arguments))
 
 
 class ReplyDecoder(Decoder[tuple[Request, Reply]]):
@@ -298,19 +326,15 @@ class ReplyDecoder(Decoder[tuple[Request, Reply]]):
         if request.command.body is not Body.NO_REPLY:
             self._waiting.append(request)
 
-    def _ready(self) -> bool:
-        if super()._ready() and not self._waiting:
-            raise ProtocolError("the server sent bytes that nobody asked for")
-        return bool(self._waiting)
-
     def _read(self) -> Reading[tuple[Request, Reply]]:
+        if not self._waiting:
+            raise ProtocolError("the server sent bytes that nobody asked for")
         request = self._waiting[0]
         command = request.command
         (status,) = yield 1
+        value: Any = None
         if status == SUCCESS or command.body_on_failure:
-            value = yield from _BODIES[command.body][1](self._limits)
-        else:
-            value = None
+            value = yield from _READERS[command](self._limits)
         if status == SUCCESS and command is FWMKEYS and 0 <= request.arguments[1] < len(value):
             raise ProtocolError(f"{len(value)} keys came where {request.arguments[1]} were asked for")
         self._waiting.popleft()
@@ -318,7 +342,8 @@ class ReplyDecoder(Decoder[tuple[Request, Reply]]):
 
 
 def _read_nothing(_limits: Limits) -> Reading[None]:
-    yield from ()
+    return
+    yield  # makes it a generator, like the others
 
 
 def _read_blob(limits: Limits) -> Reading[bytes]:
@@ -327,9 +352,19 @@ def _read_blob(limits: Limits) -> Reading[bytes]:
     return (yield length)
 
 
-def _read_counted_blobs(limits: Limits) -> Reading[list[bytes]]:
+def _read_blobs(limits: Limits) -> Reading[list[bytes]]:
     (count,) = _U32.unpack((yield 4))
-    return (yield from _read_blobs(count, limits))
+    limits.check(count, limits.count, "a list")
+    return (yield from _read_items(count, limits))
+
+
+def _read_items(count: int, limits: Limits) -> Reading[list[bytes]]:
+    items = []
+    for _ in range(count):
+        (length,) = _U32.unpack((yield 4))
+        limits.check(length, limits.blob, "an element")
+        items.append((yield length))
+    return items
 
 
 def _read_pairs(limits: Limits) -> Reading[list[tuple[bytes, bytes]]]:
@@ -357,18 +392,22 @@ def _read_decimal(_limits: Limits) -> Reading[float]:
     return decimal_to_float(*_TWO_I64.unpack((yield 16)))
 
 
-def _unsupported(*_: Any) -> Any:
+def _unspoken(*_: Any) -> Any:
     raise ProtocolError("replication streams are not spoken here")
 
 
 #: How each body is written and read.
 _BODIES: Final[dict[Body, tuple[Callable[[Any], bytes], Callable[[Limits], Reading[Any]]]]] = {
-    Body.NOTHING: (lambda _value: b"", _read_nothing),
-    Body.BLOB: (lambda blob: _U32.pack(len(blob)) + blob, _read_blob),
-    Body.BLOBS: (_encode_blobs, _read_counted_blobs),
-    Body.PAIRS: (_encode_pairs, _read_pairs),
+    Body.NO_REPLY: (_write_nothing, _read_nothing),
+    Body.NOTHING: (_write_nothing, _read_nothing),
+    Body.BLOB: (_write_blob, _read_blob),
+    Body.BLOBS: (_write_blobs, _read_blobs),
+    Body.PAIRS: (_write_pairs, _read_pairs),
     Body.INT32: (_I32.pack, _read_int32),
     Body.INT64: (_I64.pack, _read_int64),
-    Body.DECIMAL: (lambda number: _TWO_I64.pack(*float_to_decimal(number)), _read_decimal),
-    Body.STREAM: (_unsupported, _unsupported),
+    Body.DECIMAL: (_write_decimal, _read_decimal),
+    Body.STREAM: (_unspoken, _unspoken),
 }
+# By command, because rows hash faster than members of an enumeration do.
+_WRITERS: Final = {command: _BODIES[command.body][0] for command in COMMANDS.values()}
+_READERS: Final = {command: _BODIES[command.body][1] for command in COMMANDS.values()}

@@ -1,0 +1,150 @@
+"""`statestore serve` as people run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from beaker_statestore import ports
+from beaker_statestore.tyrant.address import Address
+from beaker_statestore.tyrant.commands import GET, PUT, RNUM, SUCCESS, Reply
+from tests.serving import PATIENCE, RawClient
+
+SERVE = [sys.executable, "-m", "beaker_statestore", "serve"]
+
+
+@contextmanager
+def serving(*arguments: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """The process, and what it prints at its start: two lines."""
+    process = subprocess.Popen(
+        [*SERVE, *arguments], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    try:
+        yield process, [process.stdout.readline() for _ in range(2)]
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+        process.stdout.close()
+
+
+def refused(*arguments: str, cwd: Path) -> str:
+    """What is said when it does not start: one line, and exit status 1."""
+    done = subprocess.run([*SERVE, *arguments], cwd=cwd, text=True, capture_output=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"Error: .*\n", done.stderr), done.stderr
+    return done.stderr
+
+
+def test_it_says_where_it_listens_what_it_serves_and_what_a_crash_can_lose(tmp_path: Path) -> None:
+    arguments = ["--listen", "127.0.0.1:0", "--listen", "unix:s", "--db", "var/lib/state.lmdb"]
+    with serving(*arguments, cwd=tmp_path) as (process, (first, second)):
+        match = re.fullmatch(r"statestore \S+ serves var/lib/state\.lmdb at (127\.0\.0\.1:\d+), unix:s\n", first)
+        assert match
+        assert second.startswith("In a crash: a dying process loses nothing")
+        with RawClient(Address.parse(match[1])) as client, RawClient(Address(path=str(tmp_path / "s"))) as other:
+            assert client.ask(PUT(b"k", b"v")) == [Reply(SUCCESS)]
+            assert other.ask(GET(b"k")) == [Reply(SUCCESS, b"v")]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    assert (tmp_path / "var/lib/state.lmdb").exists()
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_in_order_when_told_to_and_keeps_what_it_has(tmp_path: Path, number: signal.Signals) -> None:
+    for count in range(2):
+        with serving("--listen", "unix:s", "--db", "a b%20?.lmdb", cwd=tmp_path) as (process, _):
+            with RawClient(Address(path=str(tmp_path / "s"))) as client:
+                assert client.ask(RNUM(), PUT(b"k", b"v")) == [Reply(SUCCESS, count), Reply(SUCCESS)]
+                process.send_signal(number)
+                assert process.wait(5) == 0
+            assert process.stdout is not None
+            assert process.stdout.read() == ""
+    assert (tmp_path / "a b%20?.lmdb").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "promise"),
+    [
+        (["--db", "memory:"], "everything"),
+        (["--db", "state.lmdb", "--sync", "always"], "nothing that was acknowledged"),
+        (["--db", "lmdb:state.lmdb?map_size=1GiB", "--sync", "os"], "a power cut loses"),
+    ],
+)
+def test_what_a_crash_can_lose_depends_on_the_store(tmp_path: Path, arguments: list[str], promise: str) -> None:
+    with serving("--listen", "unix:s", *arguments, cwd=tmp_path) as (_, (_, second)):
+        assert promise in second
+
+
+def test_a_client_that_breaks_the_protocol_is_logged_on_request(tmp_path: Path) -> None:
+    with serving("--listen", "unix:s", "--db", "memory:", "--verbose", cwd=tmp_path) as (process, _):
+        with RawClient(Address(path=str(tmp_path / "s"))) as client:
+            client.send(b"GET / HTTP/1.1\r\n\r\n")
+            assert client.is_closed()
+        assert process.stdout is not None
+        assert "a request begins with C8, not with 47" in process.stdout.readline()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["--listen", "0.0.0.0:0", "--db", "memory:"], "0.0.0.0:0 can be reached from other machines.*--allow-remote"),
+        (["--listen", "nonsense:", "--db", "memory:"], "'nonsense:' is not the address"),
+        (["--listen", "unix:s", "--db", "127.0.0.1:1"], "127.0.0.1:1 is on a network.*--db"),
+        (["--listen", "unix:s", "--db", "tyrant://me:secret@host"], "host"),
+        (["--listen", "unix:s", "--db", "nope://x"], "unknown scheme 'nope'"),
+        (["--listen", "unix:s", "--db", "/proc/none/x.lmdb"], "/proc/none"),
+        (["--listen", "unix:s", "--db", "file/x.lmdb"], "file for --db file/x.lmdb"),
+        (["--listen", "unix:s", "--db", "directory.lmdb"], "directory.lmdb"),
+        (["--listen", "unix:s", "--db", "memory:", "--sync", "os"], "--sync is for LMDB"),
+        (["--listen", "unix:s", "--db", "lmdb:x?sync=os", "--sync", "os"], "'sync' is twice"),
+    ],
+)
+def test_it_refuses_in_one_line_what_it_cannot_do(tmp_path: Path, arguments: list[str], culprit: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "directory.lmdb").mkdir()
+    said = refused(*arguments, cwd=tmp_path)
+    assert re.search(culprit, said), said
+    assert "secret" not in said
+
+
+def test_a_taken_port_is_named_with_its_holder_and_the_remedy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refused("--listen", f"127.0.0.1:{port}", "--db", "memory:", cwd=tmp_path)
+    assert f"port {port} of 127.0.0.1 is taken by" in said
+    assert f"(process {os.getpid()})" in said
+    assert "--listen" in said
+
+
+def test_the_command_is_installed_under_its_name() -> None:
+    command = Path(sys.executable).with_name("statestore")
+    said = subprocess.run([command, "serve", "--help"], text=True, capture_output=True, timeout=PATIENCE, check=True)
+    for option in ("--listen", "--db", "--sync", "--allow-remote", "--max-connections", "--max-message", "--patience"):
+        assert option in said.stdout
+
+
+# -- who holds a port
+
+
+def test_the_holder_of_a_port_is_found() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        holder = ports.holder(taken.getsockname()[1])
+    assert holder is not None
+    assert f"(process {os.getpid()})" in holder
+
+
+def test_nobody_holds_a_port_that_is_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as once_taken:
+        port = once_taken.getsockname()[1]
+    assert ports.holder(port) is None
