@@ -75,7 +75,8 @@ class OutageFilter:
             _close(body)
             if start.sent:
                 raise
-            log.error("503 for %s: %s", environ.get("PATH_INFO", ""), error)
+            # Without the path, which may hold a secret.
+            log.error("503: %s", error)
             unavailable = HTTPServiceUnavailable(
                 "The session store is out of reach. Nothing is lost; please try again in a moment.",
                 headers=[("Retry-After", str(self.retry_after)), ("Cache-Control", "no-store")],

@@ -1,0 +1,122 @@
+"""The pages: one function for each thing a browser can ask for."""
+
+from __future__ import annotations
+
+from webob import Response
+from webob.exc import HTTPServiceUnavailable
+
+from wsgi_demo import pages
+from wsgi_demo.automatic import is_address
+from wsgi_demo.newsletter import NEWS, Confirmation
+from wsgi_demo.relay import RelayError
+from wsgi_demo.routes import Routes
+from wsgi_demo.visit import Visit
+
+__all__ = ["routes"]
+
+routes = Routes()
+
+SECRET = "[0-9a-fA-F]{32}"  # noqa: S105 - a pattern, no secret
+
+
+@routes.get("/")
+def home(visit: Visit) -> Response:
+    """Who has signed in sees how he stands; everybody else, how to join and how to sign in."""
+    address = visit.visitor.address
+    if address is None:
+        return visit.page("welcome.html", problem=None, given="")
+    return visit.page("states.html", states=visit.newsletter.states_of(address), news=NEWS)
+
+
+@routes.post("/sign-in")
+def ask_for_link(visit: Visit) -> Response:
+    """Mail a link. The answer is the same for every address, so it tells nobody who is on the list."""
+    given = visit.field("address").lower()
+    if not is_address(given):
+        problem = "That is not a mail address. Please write one like ann@example.com."
+        return visit.page("welcome.html", status=400, problem=problem, given=given)
+    try:
+        visit.newsletter.mail_sign_in(given)
+    except RelayError as error:
+        raise HTTPServiceUnavailable from error
+    return visit.redirect("/check-your-mail")
+
+
+@routes.get("/check-your-mail")
+def check_your_mail(visit: Visit) -> Response:
+    """What comes after asking for a link."""
+    return visit.page("check-your-mail.html")
+
+
+@routes.get(f"/sign-in/(?P<secret>{SECRET})")
+def show_sign_in(visit: Visit) -> Response:
+    """Only a button: mail scanners open every link, and must not use it up."""
+    address = visit.newsletter.can_sign_in(visit.captures["secret"])
+    return _stale_link(visit) if address is None else visit.page("sign-in.html", address=address)
+
+
+@routes.post(f"/sign-in/(?P<secret>{SECRET})")
+def sign_in(visit: Visit) -> Response:
+    """Use the link up and sign in."""
+    address = visit.newsletter.sign_in(visit.captures["secret"])
+    if address is None:
+        return _stale_link(visit)
+    visit.visitor.sign_in(address)
+    return visit.redirect("/")
+
+
+@routes.get(f"/confirm/(?P<secret>{SECRET})")
+def show_confirm(visit: Visit) -> Response:
+    """Only a button, for the same reason."""
+    address = visit.newsletter.asked(visit.captures["secret"])
+    return _stale_link(visit) if address is None else visit.page("confirm.html", address=address)
+
+
+@routes.post(f"/confirm/(?P<secret>{SECRET})")
+def confirm(visit: Visit) -> Response:
+    """Do what a reply to the confirmation does."""
+    outcome, address = visit.newsletter.confirm(visit.captures["secret"])
+    if outcome is Confirmation.EXPIRED:
+        return _stale_link(visit)
+    was = "already was" if outcome is Confirmation.ALREADY else "is now"
+    visit.visitor.tell(f"{address} {was} a member of {visit.newsletter.letters.list_address}.")
+    return visit.redirect("/")
+
+
+@routes.post("/leave")
+def leave(visit: Visit) -> Response:
+    """Leave the list, or forget a subscription that was not confirmed."""
+    left = visit.newsletter.leave(visit.require_address())
+    visit.visitor.tell("You have left the list." if left else "You were not on the list any more.")
+    return visit.redirect("/")
+
+
+@routes.post("/reset")
+def reset(visit: Visit) -> Response:
+    """Start again after an ERROR."""
+    done = visit.newsletter.reset(visit.require_address(), visit.field("key"))
+    visit.visitor.tell("The error is forgotten; you can start again." if done else "There was no error any more.")
+    return visit.redirect("/")
+
+
+@routes.post("/sign-out")
+def sign_out(visit: Visit) -> Response:
+    """End the session."""
+    visit.visitor.sign_out()
+    return visit.redirect("/signed-out")
+
+
+@routes.get("/signed-out")
+def signed_out(visit: Visit) -> Response:
+    """What comes after signing out."""
+    return visit.page("signed-out.html")
+
+
+@routes.get("/static/style.css")
+def style(_: Visit) -> Response:
+    """The one static file."""
+    return pages.stylesheet()
+
+
+def _stale_link(visit: Visit) -> Response:
+    return visit.page("stale-link.html", status=410)
