@@ -47,7 +47,7 @@ class Process:
         self.name = name
         self.port = port
         self.log = log
-        self._arguments = arguments
+        self.arguments = arguments
         self._child: subprocess.Popen[bytes] | None = None
 
     @property
@@ -60,7 +60,7 @@ class Process:
         with self.log.open("ab") as log, _signals_held_back() as usual:
             # In a session of its own, so that Ctrl-C reaches only us, and we end the children in good order.
             self._child = subprocess.Popen(  # noqa: S603 - our own modules
-                [sys.executable, *self._arguments],
+                [sys.executable, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
