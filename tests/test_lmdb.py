@@ -474,6 +474,26 @@ def test_a_disk_that_takes_no_more_is_an_outage_that_passes(path: Path) -> None:
     fork(in_child)
 
 
+def test_a_commit_that_fails_half_way_has_an_unknown_outcome_and_the_file_is_opened_anew(path: Path) -> None:
+    def in_child() -> None:
+        store = LMDBStore(path, sync="always")
+        store.put(b"key", b"value")
+        # What LMDB writes last, the page that makes a commit count, goes through a descriptor of its own.
+        links = {int(link.name): os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()}
+        last = max(number for number, target in links.items() if target == str(path))
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, last)
+        with pytest.raises(OutcomeUnknown, match=f"{path} failed half way"):
+            store.put(b"key", b"other")
+        with pytest.raises(StoreUnavailable):
+            store.get(b"key")
+        assert store.get(b"key") in (b"value", b"other")
+        store.put(b"key", b"third")
+        assert store.get(b"key") == b"third"
+
+    fork(in_child)
+
+
 # -- files that cannot be, and damage
 
 

@@ -1,10 +1,9 @@
 """LMDB files that are open in this process, and what LMDB demands of a process. Knows nothing of keys and verbs.
 
-LMDB's rules are those of lmdb.h, "Caveats" and "Restrictions/caveats (in addition to those listed for some
-functions)". A file is open once per process at most, since its locks (fcntl) end for all openings when one is closed.
-What is open is not used across a fork. The map changes only while no transaction is under way. Two processes may
-share a file; each waits for the other's write transactions without a deadline, as that lock is LMDB's own. It is
-freed when its owner dies.
+The rules are those of lmdb.h, section "Caveats". A file is open once per process at most, since closing it once ends
+its locks (fcntl) for all openings. What is open is not used across a fork. The map changes only while no transaction
+is under way. Several processes may share a file; each waits for the others' write transactions, without a deadline,
+as that lock is LMDB's own. It is freed when its owner dies.
 """
 
 from __future__ import annotations
@@ -266,10 +265,14 @@ class LMDBFile:
             try:
                 if time.monotonic() - self._readers_checked >= READER_CHECK_INTERVAL:
                     self._free_dead_readers()
-                with self._environment.begin(write=True) as txn:
+                txn = self._environment.begin(write=True)
+                try:
                     result = work(txn)
-                    self._commit(txn)
-                    return result
+                except BaseException:
+                    txn.abort()
+                    raise
+                self._commit(txn)
+                return result
             finally:
                 gate.leave()
         finally:
@@ -279,6 +282,8 @@ class LMDBFile:
         number = txn.id()
         try:
             txn.commit()
+        except self._lmdb.MapFullError:
+            raise  # for `run`, and long before anything was written
         except self._lmdb.Error as error:
             if self._last_commit() >= number:
                 raise OutcomeUnknown(f"a commit to {self.path} failed half way: {error}") from error
@@ -415,7 +420,7 @@ def close_file(file: LMDBFile, user: object) -> None:
 def _forget(file: LMDBFile) -> None:
     with _registry, _gate.alone():
         if file.alive:
-            del _open[file.path]
+            _open.pop(file.path, None)
             file.close()
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -131,6 +132,7 @@ class ServerProcess:
         """
         process = self._running()
         process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)  # a paused one would not notice
         try:
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -182,7 +184,10 @@ def fork(function: Callable[[], T]) -> T:
     :raises AssertionError: it raised an exception, or gave no answer within `PATIENCE` seconds.
     """
     reading, writing = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        # From Python 3.12 on, a fork beside other threads is warned of; that it works is what is tested here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         try:
             try:
