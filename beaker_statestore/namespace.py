@@ -18,7 +18,13 @@ from beaker.synchronization import mutex_synchronizer
 
 from beaker_statestore import documents, keys
 from beaker_statestore.documents import EXPIRES, Document
-from beaker_statestore.exceptions import ConfigurationError, ContentionError, OutcomeUnknown, SessionUnavailable, StoreUnavailable
+from beaker_statestore.exceptions import (
+    ConfigurationError,
+    ContentionError,
+    OutcomeUnknown,
+    SessionUnavailable,
+    StoreUnavailable,
+)
 from beaker_statestore.sessionrecord import SessionRecord
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store

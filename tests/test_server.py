@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -226,23 +227,45 @@ def test_putnr_is_executed_though_its_client_leaves_at_once(loop: str) -> None:
             eventually(lambda: client.ask(GET(b"k")) == [Reply(SUCCESS, b"v")])
 
 
+def reset(client: RawClient) -> None:
+    """Close in disorder, as a crashed machine does: what is under way is lost, and the peer gets an error."""
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
 def test_clients_that_reset_their_connections_do_no_harm(loop: str) -> None:
     with ServerThread(MemoryStore(), loop=loop) as server, server.connect() as witness:
         witness.ask(PUT(b"k", b"v" * MIB))
         for _ in range(20):
-            with server.connect() as client:
-                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                client.send(encode_request(GET(b"k")) * 20 + encode_request(GET(b"k"))[:3])
+            client = server.connect()
+            client.send(encode_request(GET(b"k")) * 20 + encode_request(GET(b"k"))[:3])
+            reset(client)
         assert witness.ask(GET(b"k")) == [Reply(SUCCESS, b"v" * MIB)]
+
+
+@pytest.mark.parametrize("malformed", [b"", bytes.fromhex("C899")], ids=["well-formed", "malformed"])
+def test_a_connection_that_is_reset_before_its_turn_does_no_harm(loop: str, malformed: bytes) -> None:
+    store = Slow()
+    with ServerThread(store, loop=loop) as server, server.connect() as witness:
+        witness.send(encode_request(RNUM()))
+        eventually(lambda: store.batches == 1)
+        client = server.connect()
+        client.send(encode_request(PUT(b"k", b"v")) + malformed)
+        server.catch_up()
+        reset(client)
+        server.catch_up()
+        store.disk.set()
+        assert witness.receive(9) == bytes(9)
+        assert witness.ask(GET(b"k")) == [Reply(SUCCESS, b"v")]  # it was complete, and in time
 
 
 def test_what_a_reset_connection_still_wanted_is_dropped(loop: str) -> None:
     store = Slow()
     with ServerThread(store, loop=loop) as server:
-        with server.connect() as client:
-            client.send(encode_request(ADDINT(b"n", 1)) * 5000)
-            eventually(lambda: store.batches == 1)
-            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client = server.connect()
+        client.send(encode_request(ADDINT(b"n", 1)) * 5000)
+        eventually(lambda: store.batches == 1)
+        reset(client)
         server.catch_up()
         store.disk.set()
         with server.connect() as witness:

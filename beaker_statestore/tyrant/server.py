@@ -173,7 +173,10 @@ class Server:
         start = 0
         for connection, count in taken:
             end = start + count
-            connection.settle(replies[start:end], requests[max(start, len(replies)) : end])
+            try:
+                connection.settle(replies[start:end], requests[max(start, len(replies)) : end])
+            except Exception as error:  # noqa: BLE001 - MemoryError, say: the others are to be served all the same
+                connection.abort(f"its replies could not be sent: {error!r}")
             start = end
         self._turning = bool(self._ready)
         if self._turning:
@@ -188,6 +191,7 @@ class _Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._decoder = RequestDecoder(server.wire_limits)
         self._transport: asyncio.Transport
+        self._peer = ""
         self._busy = False
         #: Nothing in the decoder is complete.
         self._drained = True
@@ -211,6 +215,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        # Now, since transports do not tell once they are closed. Clients of Unix sockets have no names.
+        self._peer = str(transport.get_extra_info("peername") or "a local client")
         if not self._server.admit(self):
             self._ending = True
             self._transport.close()
@@ -301,7 +307,7 @@ class _Connection(asyncio.Protocol):
     def abort(self, why: str) -> None:
         """Close at once, whatever is under way."""
         observe.count("server.connections_aborted")
-        logger.info("closing %s: %s", self._transport.get_extra_info("peername") or "a client", why)
+        logger.info("closing %s: %s", self._peer, why)
         self._ending = True
         self._transport.abort()
 
@@ -309,7 +315,7 @@ class _Connection(asyncio.Protocol):
 
     def _reject(self, error: ProtocolError) -> None:
         observe.count("server.requests_malformed")
-        logger.info("closing %s: %s", self._transport.get_extra_info("peername") or "a client", error)
+        logger.info("closing %s: %s", self._peer, error)
         # What follows is not even looked at.
         self._decoder = RequestDecoder(self._server.wire_limits)
         self._drained = True
