@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import uvloop
@@ -62,6 +63,22 @@ class ServerThread:
     def connect(self) -> RawClient:
         """A new client; the caller closes it."""
         return RawClient(self.address)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the server's loop stand still for the length of a ``with``."""
+        standing, go_on = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            standing.set()
+            go_on.wait(PATIENCE)
+
+        self._loop.call_soon_threadsafe(stand)
+        assert standing.wait(PATIENCE)
+        try:
+            yield
+        finally:
+            go_on.set()
 
     def catch_up(self) -> None:
         """Return when the server has read what had been sent before, even if it cannot carry it out yet."""

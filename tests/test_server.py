@@ -35,6 +35,7 @@ from beaker_statestore.tyrant.commands import (
     STORE_FAILED,
     SUCCESS,
     SYNC,
+    VSIZ,
     Reply,
     Request,
 )
@@ -257,6 +258,23 @@ def test_a_connection_that_is_reset_before_its_turn_does_no_harm(loop: str, malf
         store.disk.set()
         assert witness.receive(9) == bytes(9)
         assert witness.ask(GET(b"k")) == [Reply(SUCCESS, b"v")]  # it was complete, and in time
+
+
+@pytest.mark.parametrize("data", [encode_request(PUT(b"k", b"v")), bytes.fromhex("C899")], ids=["put", "malformed"])
+def test_connections_that_are_reset_before_they_are_accepted_do_no_harm(loop: str, data: bytes) -> None:
+    store = Slow()
+    with ServerThread(store, loop=loop) as server, server.connect() as witness:
+        witness.send(encode_request(RNUM()))
+        eventually(lambda: store.batches == 1)
+        with server.paused():
+            for _ in range(5):
+                client = server.connect()
+                client.send(data)
+                reset(client)
+        server.catch_up()
+        store.disk.set()
+        assert witness.receive(9) == bytes(9)
+        assert witness.ask(VSIZ(b"none")) == [Reply(FAILURE)]
 
 
 def test_what_a_reset_connection_still_wanted_is_dropped(loop: str) -> None:

@@ -215,8 +215,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        # Now, since transports do not tell once they are closed. Clients of Unix sockets have no names.
-        self._peer = str(transport.get_extra_info("peername") or "a local client")
+        # Asked now, since a transport may not tell once it is closed. Unix sockets have no peer names.
+        self._peer = str(transport.get_extra_info("peername") or "a client")
         if not self._server.admit(self):
             self._ending = True
             self._transport.close()
