@@ -36,6 +36,8 @@ __all__ = ["Executor", "waits_for_disk"]
 
 logger = logging.getLogger(__name__)
 
+#: Once the replies of a transaction have so many bytes, the rest of its requests waits for the next.
+ENOUGH: Final = 4 * 1024 * 1024
 #: A page of a scan has no more keys than this, whatever was asked for.
 LONGEST_PAGE: Final = 10_000
 
@@ -89,7 +91,7 @@ class Executor:
         except Exception as error:  # noqa: BLE001 - whatever it was, each client gets an answer
             _report(error)
         replies: list[bytes] = []
-        room = self._longest
+        room = min(self._longest, ENOUGH)
         for request in requests:
             try:
                 replies += self._attempt([request])
@@ -115,7 +117,7 @@ class Executor:
 
     def _run(self, requests: Sequence[Request], figures: Figures, records: LocalVerbs) -> Run:
         run = Run(records, self._position, self._longest, figures)
-        room = self._longest
+        room = min(self._longest, ENOUGH)
         for request in requests:
             room -= run.answer(request)
             if room < 0:

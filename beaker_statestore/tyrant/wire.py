@@ -181,34 +181,43 @@ def encode_reply(command: Command, reply: Reply) -> bytes:
     if command.body is Body.NO_REPLY:
         return b""
     if status == SUCCESS:
-        return b"\0" + _WRITERS[command](value)
+        # Joined only here, since a copy of a large value costs more than all the rest.
+        return b"".join((b"\0", *_WRITERS[command](value)))
     return bytes((status,)) + (_U32.pack(0) if command.body_on_failure else b"")
 
 
-def _write_nothing(_value: None) -> bytes:
-    return b""
+def _write_nothing(_value: None) -> Sequence[bytes]:
+    return ()
 
 
-def _write_blob(blob: bytes) -> bytes:
-    return _U32.pack(len(blob)) + blob
+def _write_blob(blob: bytes) -> Sequence[bytes]:
+    return _U32.pack(len(blob)), blob
 
 
-def _write_blobs(blobs: Sequence[bytes]) -> bytes:
+def _write_blobs(blobs: Sequence[bytes]) -> Sequence[bytes]:
     parts = [_U32.pack(len(blobs))]
     for blob in blobs:
         parts += (_U32.pack(len(blob)), blob)
-    return b"".join(parts)
+    return parts
 
 
-def _write_pairs(pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
+def _write_pairs(pairs: Sequence[tuple[bytes, bytes]]) -> Sequence[bytes]:
     parts = [_U32.pack(len(pairs))]
     for key, value in pairs:
         parts += (_TWO_U32.pack(len(key), len(value)), key, value)
-    return b"".join(parts)
+    return parts
 
 
-def _write_decimal(number: float) -> bytes:
-    return _TWO_I64.pack(*float_to_decimal(number))
+def _write_int32(number: int) -> Sequence[bytes]:
+    return (_I32.pack(number),)
+
+
+def _write_int64(number: int) -> Sequence[bytes]:
+    return (_I64.pack(number),)
+
+
+def _write_decimal(number: float) -> Sequence[bytes]:
+    return (_TWO_I64.pack(*float_to_decimal(number)),)
 
 
 # -- decoding
@@ -397,14 +406,14 @@ def _unspoken(*_: Any) -> Any:
 
 
 #: How each body is written and read.
-_BODIES: Final[dict[Body, tuple[Callable[[Any], bytes], Callable[[Limits], Reading[Any]]]]] = {
+_BODIES: Final[dict[Body, tuple[Callable[[Any], Sequence[bytes]], Callable[[Limits], Reading[Any]]]]] = {
     Body.NO_REPLY: (_write_nothing, _read_nothing),
     Body.NOTHING: (_write_nothing, _read_nothing),
     Body.BLOB: (_write_blob, _read_blob),
     Body.BLOBS: (_write_blobs, _read_blobs),
     Body.PAIRS: (_write_pairs, _read_pairs),
-    Body.INT32: (_I32.pack, _read_int32),
-    Body.INT64: (_I64.pack, _read_int64),
+    Body.INT32: (_write_int32, _read_int32),
+    Body.INT64: (_write_int64, _read_int64),
     Body.DECIMAL: (_write_decimal, _read_decimal),
     Body.STREAM: (_unspoken, _unspoken),
 }
