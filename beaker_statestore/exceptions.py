@@ -35,8 +35,12 @@ class OutcomeUnknown(StoreUnavailable):
 class SessionUnavailable(StoreUnavailable):
     """The store failed while a session was being loaded."""
 
-    def __init__(self, message: str, session_id: str) -> None:
-        super().__init__(message)
+    #: How every message begins.
+    PREFIX = "the session store is out of reach"
+
+    def __init__(self, reason: str, session_id: str) -> None:
+        super().__init__(f"{self.PREFIX}: {reason}")
+        self.reason = reason
         #: Which session; never shown in a message, since whoever knows it owns the session.
         self.session_id = session_id
 

@@ -20,7 +20,17 @@ from typing import Final
 
 from beaker_statestore.exceptions import ConfigurationError, ValueTooLargeError
 
-__all__ = ["KINDS", "MAX_KEY", "Namespace", "escape", "escape_field", "kind_prefix", "unescape", "validate_prefix"]
+__all__ = [
+    "KINDS",
+    "MAX_KEY",
+    "SESSION_KEY",
+    "Namespace",
+    "escape",
+    "escape_field",
+    "kind_prefix",
+    "unescape",
+    "validate_prefix",
+]
 
 #: What records are for. No kind is the end of another: `validate_prefix` relies on it.
 KINDS: Final = frozenset({"session", "cache", "state", "slate", "queue", "lock", "index", "confirm"})

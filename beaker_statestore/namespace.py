@@ -6,6 +6,7 @@ This is the only door between Beaker and the stores. It must never know an engin
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,25 +17,29 @@ from beaker.container import Container, NamespaceManager
 from beaker.crypto import get_crypto_module
 from beaker.synchronization import mutex_synchronizer
 
-from beaker_statestore import documents, keys
+from beaker_statestore import documents, keys, observe
 from beaker_statestore.documents import EXPIRES, Document
 from beaker_statestore.exceptions import (
     ConfigurationError,
     ContentionError,
+    DocumentDamagedError,
     OutcomeUnknown,
     SessionUnavailable,
     StoreUnavailable,
 )
+from beaker_statestore.keys import SESSION_KEY
 from beaker_statestore.sessionrecord import SessionRecord
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
 
 __all__ = ["DocumentManager", "TCJSONContainer", "TCJSONNamespaceManager", "register"]
 
+log = logging.getLogger(__name__)
+
 #: The name under which an INI file asks for this back end.
 TYPE: Final = "ext:tcjson"
-#: The one key that beaker.session.Session uses; Cache hands keys over as bytes.
-SESSION_KEY: Final = "session"
+#: Of Beaker's crypto modules the one that enciphers by AES-GCM; the others' ciphertext can be forged.
+AUTHENTICATING: Final = "beaker.crypto.pyca_cryptography"
 #: How often `DocumentManager.take` tries against others who change the document.
 TAKE_TRIES: Final = 100
 
@@ -56,12 +61,7 @@ class DocumentManager(NamespaceManager):
     def __init__(self, namespace: str | None, *, kind: str, **options: Any) -> None:
         super().__init__(namespace)
         self.settings = Settings.from_options(options, origin=self._origin(options))
-        self.store = open_store(
-            self.settings.url,
-            connect_timeout=self.settings.connect_timeout,
-            timeout=self.settings.deadline,
-            pool_size=self.settings.pool_size,
-        )
+        self.store = open_store(self.settings.url, **self.settings.timing)
         self.records = keys.Namespace(self.settings.prefix, kind, namespace)
 
     def _origin(self, options: dict[str, Any]) -> str:
@@ -104,10 +104,22 @@ class DocumentManager(NamespaceManager):
         raise ContentionError(f"{self.records.kind}[{key!r}] was changed by others {TAKE_TRIES} times")
 
     def read_many(self, keys: Iterable[str | None]) -> dict[str | None, Document]:
-        """The documents of those of ``keys`` that have one, in one round trip."""
+        """The documents of those of ``keys`` that have one, all read together.
+
+        One damaged record must not hide all others, so here it is logged and passed over.
+        """
         wanted = {self.records.record(key): key for key in keys}
-        found = ((wanted[record], self._open(data)) for record, data in self.store.get_many(wanted).items())
-        return {key: document for key, document in found if document is not None}
+        found = {}
+        for record, data in self.store.get_many(wanted).items():
+            try:
+                document = self._open(data)
+            except DocumentDamagedError as error:
+                observe.count("documents.damaged")
+                log.warning("passed over %s: %s", record.decode("utf-8", "backslashreplace"), error)
+                continue
+            if document is not None:
+                found[wanted[record]] = document
+        return found
 
     def pages(self) -> Iterator[list[str | None]]:
         """The keys of all documents, page by page, as they are in the store; some may have expired.
@@ -139,7 +151,7 @@ class DocumentManager(NamespaceManager):
     def __setitem__(self, key: Any, value: Any) -> None:
         text = self._key(key)
         data = self._encode(text, value)
-        self.store.put(self.records.record(text), data, documents.expires_at(data))
+        self.store.put(self.records.record(text), data, value.get(EXPIRES))
 
     def __delitem__(self, key: Any) -> None:
         record = self.records.record(self._key(key))
@@ -155,8 +167,12 @@ class DocumentManager(NamespaceManager):
 
     def do_remove(self) -> None:
         """Remove the documents of this namespace, and nothing else."""
-        for record in self.store.keys(self.records.scan_prefix):
-            self.store.delete(record)
+        cursor: bytes | None = None
+        while True:
+            page, cursor = self.store.scan(self.records.scan_prefix, cursor)
+            self.store.delete_many(page)
+            if cursor is None:
+                return
 
     def get_creation_lock(self, key: Any) -> Any:
         """A lock for making one cache value, shared by the threads of this process."""
@@ -188,15 +204,14 @@ class TCJSONNamespaceManager(DocumentManager):
     """
 
     def __init__(self, namespace: str, timeout: float | None = None, **options: Any) -> None:
-        # Cache never passes this one on; see beaker.session.Session.load.
-        serves_session = "digest_filenames" in options
+        serves_session = _comes_from_session(options)
         super().__init__(namespace, kind="session" if serves_session else "cache", **options)
-        if self.settings.encrypted and not get_crypto_module("default").has_aes:
-            # Beaker would decode what it believes to be ciphertext, and unpickle it: whoever can write to the store
-            # could run code.
+        if self.settings.encrypted and get_crypto_module("default").__name__ != AUTHENTICATING:
+            # Beaker unpickles what it has deciphered. Its other modules authenticate nothing (or, with no library, do
+            # not even encipher), so whoever can write to the store could run code.
             raise ConfigurationError(
-                "beaker.session.encrypted is true, but Beaker finds no AES library and would neither encrypt nor "
-                "authenticate: pip install cryptography"
+                "beaker.session.encrypted is true, but Beaker does not find the one library with which it also "
+                "authenticates what it deciphers: pip install cryptography"
             )
         self._session = (
             SessionRecord(self.store, self.records.record(SESSION_KEY), self.settings, timeout)
@@ -205,12 +220,16 @@ class TCJSONNamespaceManager(DocumentManager):
         )
 
     def _origin(self, options: dict[str, Any]) -> str:
-        return "beaker.session" if "digest_filenames" in options else "beaker.cache"
+        return "beaker.session" if _comes_from_session(options) else "beaker.cache"
 
     def __contains__(self, key: Any) -> bool:
         if self._session is not None and key == SESSION_KEY:
             return self._session.exists()
-        return super().__contains__(key)
+        try:
+            return super().__contains__(key)
+        except DocumentDamagedError:
+            # Beaker removes only what it finds (beaker.container.Value.clear_value).
+            return True
 
     def __getitem__(self, key: Any) -> Any:
         if self._session is not None and key == SESSION_KEY:
@@ -232,7 +251,7 @@ class TCJSONNamespaceManager(DocumentManager):
         :param value: what beaker.container.Value makes: (time stored, seconds to live or None, value).
         :param expiretime: seconds to live. The record stays `Settings.cache_grace` longer.
         """
-        if isinstance(value, tuple) and len(value) == 3:
+        if isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], float):
             stored, expire, value = value
             document: Document = {"stored": stored, "expire": expire, "value": value}
         else:
@@ -258,7 +277,7 @@ class TCJSONNamespaceManager(DocumentManager):
         # get a new, empty session: so that second load has to fail as the first one did.
         handled = sys.exc_info()[1]
         if isinstance(handled, SessionUnavailable) and handled.session_id != self.namespace:
-            raise SessionUnavailable(str(handled), handled.session_id) from handled
+            raise SessionUnavailable(handled.reason, handled.session_id) from handled
         try:
             payload = session.load()
         except StoreUnavailable as error:
@@ -276,4 +295,12 @@ class TCJSONContainer(Container):
 
 def register() -> None:
     """Make ``ext:tcjson`` known to Beaker where entry points cannot be found, as in a zip application."""
-    clsmap._clsmap[TYPE] = TCJSONNamespaceManager
+    try:
+        clsmap[TYPE]  # has Beaker look at the entry points, which it would otherwise find taken later
+    except KeyError:
+        clsmap._clsmap[TYPE] = TCJSONNamespaceManager
+
+
+def _comes_from_session(options: dict[str, Any]) -> bool:
+    """Whether beaker.session.Session gave these options: it always passes these two on, in this form (Session.load)."""
+    return "data_dir" in options and options.get("digest_filenames") is False

@@ -13,9 +13,6 @@ class Listener:
     def count(self, name: str, n: int = 1) -> None:
         """``n`` more events called ``name`` have happened."""
 
-    def timed(self, name: str, seconds: float) -> None:
-        """One event called ``name`` took this long."""
-
 
 listener: Listener = Listener()
 
@@ -23,8 +20,3 @@ listener: Listener = Listener()
 def count(name: str, n: int = 1) -> None:
     """Report ``n`` events called ``name``."""
     listener.count(name, n)
-
-
-def timed(name: str, seconds: float) -> None:
-    """Report that one event called ``name`` took ``seconds``."""
-    listener.timed(name, seconds)

@@ -7,22 +7,28 @@ has the methods that its Router calls (salmon.routing.StateStorage), and needs n
 
 from __future__ import annotations
 
-import functools
+import logging
 import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from beaker_statestore import keys
+from beaker_statestore.documents import RESERVED
 from beaker_statestore.exceptions import ConfigurationError, StateStoreError, StoreUnavailable
 from beaker_statestore.namespace import DocumentManager
 from beaker_statestore.settings import read_ini, session_options
 
 __all__ = ["ERROR", "START", "ClearRefusedError", "RouterStateStorage", "install"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: The state of everybody of whom nothing is known (salmon.routing.ROUTE_FIRST_STATE). It is never stored.
 START: Final = "START"
@@ -55,13 +61,18 @@ class RouterStateStorage:
 
     @classmethod
     def from_settings(
-        cls, settings: Mapping[str, Any] | str | os.PathLike[str], *, allow_clear: bool = False
+        cls,
+        settings: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        section: str | None = None,
+        allow_clear: bool = False,
     ) -> RouterStateStorage:
         """A storage by the ``beaker.session.*`` lines of an INI file, or of the mapping made from one.
 
+        :param section: of the file, where `read_ini` cannot tell by itself.
         :raises ConfigurationError: the file, or a setting in it, is missing or wrong.
         """
-        mapping = settings if isinstance(settings, Mapping) else read_ini(settings)
+        mapping = settings if isinstance(settings, Mapping) else read_ini(settings, section)
         return cls(allow_clear=allow_clear, **session_options(mapping))
 
     def get(self, key: str, sender: str | None) -> str:
@@ -70,7 +81,7 @@ class RouterStateStorage:
         if seen is None:
             return self.states_of(sender).get(key, START)
         if sender not in seen:
-            seen[sender] = self.states_of(sender)
+            seen[sender] = self._patiently(lambda: self.states_of(sender))
         return seen[sender].get(key, START)
 
     def set(self, key: str, sender: str | None, state: str) -> None:
@@ -78,19 +89,23 @@ class RouterStateStorage:
         _refuse_other_than_text(key=key, state=state)
         if state == ERROR:
             _refuse_error_for_outage()
-        self._change(sender, lambda states: {**states, key: state})
+        self._patiently(lambda: self._change(sender, lambda states: {**states, key: state}))
 
-    def move(self, key: str, sender: str | None, before: str, after: str) -> bool:
+    def move(self, key: str, sender: str | None, before: str | Collection[str], after: str) -> bool:
         """Put the sender into ``after`` if he is in ``before``; False, and no change, if he is in another state.
 
-        For what must happen once although a mail and a click may come at the same moment.
+        Of several that want the same at the same moment, as a mail and a click may, one gets True. It can be more
+        only if an answer of the store was lost: what is found done then counts as one's own.
+
+        :param before: a state, or several of which any will do.
         """
         _refuse_other_than_text(key=key, state=after)
+        acceptable = {before} if isinstance(before, str) else set(before)
         moved = False
 
         def change(states: dict[str, str]) -> dict[str, str]:
             nonlocal moved
-            moved = states.get(key, START) == before
+            moved = states.get(key, START) in acceptable
             return {**states, key: after} if moved else states
 
         self._change(sender, change)
@@ -125,16 +140,24 @@ class RouterStateStorage:
             self._memory.states.clear()
 
     @contextmanager
-    def delivery(self) -> Iterator[None]:
-        """Within it, this thread reads each sender's states once, however many handlers the router considers."""
-        if self._memory.states is not None:
+    def delivery(self, deadline: float = 0.0) -> Iterator[None]:
+        """Within it, this thread reads each sender's states once, however many handlers the router considers.
+
+        :param deadline: until when, on the monotonic clock, `get` and `set` try again when the store fails. They can:
+            doing either twice does no harm.
+        """
+        memory = self._memory
+        if memory.states is not None:
             yield
             return
-        self._memory.states = {}
+        memory.states, memory.deadline = {}, deadline
         try:
             yield
         finally:
-            self._memory.states = None
+            memory.states, memory.deadline = None, 0.0
+
+    def _patiently(self, function: Callable[[], T]) -> T:
+        return _until(self._memory.deadline, function)
 
     def _change(self, sender: str | None, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
         seen = self._memory.states
@@ -147,13 +170,15 @@ class RouterStateStorage:
 
 
 class _Memory(threading.local):
-    """What a thread has read during the delivery that it is busy with; None outside of one."""
+    """What a thread knows of the delivery that it is busy with: who it has read, and how long it may wait."""
 
     states: dict[str | None, dict[str, str]] | None = None
+    deadline: float = 0.0
 
 
 def _states(document: Mapping[str, Any] | None) -> dict[str, str]:
-    return {keys.unescape(name): state for name, state in (document or {}).items()}
+    stored = (document or {}).items()
+    return {keys.unescape(name): state for name, state in stored if name not in RESERVED and isinstance(state, str)}
 
 
 def _document(states: Mapping[str, str]) -> dict[str, Any]:
@@ -183,20 +208,25 @@ def install(
     router: Any,
     settings: Mapping[str, Any] | str | os.PathLike[str],
     *,
+    section: str | None = None,
     on_outage: Literal["defer", "wait"] = "defer",
     patience: float = 300.0,
+    allow_clear: bool = False,
 ) -> RouterStateStorage:
     """Give Salmon's ``Router`` its states from the store named in ``settings``, and answer the storage.
 
     Call it in ``config/boot.py``. Installing again replaces what was installed before.
 
     :param settings: the path of the INI file that the web application uses, or the mapping made from it.
+    :param section: of the file, where `read_ini` cannot tell by itself.
     :param on_outage: what becomes of a message when the store is out of reach. ``defer``, for SMTPReceiver and
         LMTPReceiver: it is answered with SMTP 451, and the sending server keeps it and tries again. ``wait``, for
-        QueueReceiver, which has taken the message out of its queue already: the delivery is tried again until it
-        succeeds or ``patience`` is over.
+        QueueReceiver, which has taken the message out of its queue already: what the router asks of the store is
+        asked again until ``patience`` is over. Either way a handler may run again for the same message: after 451, or
+        when it has met the outage by itself.
     :param patience: in seconds. Then the outage is raised, and the receiver pushes the message to the undeliverable
         queue.
+    :param allow_clear: whether the storage's `clear` may run, as Salmon's conversations in tests want it.
     :raises ConfigurationError: a setting is missing or wrong.
     """
     if on_outage not in ("defer", "wait"):
@@ -207,12 +237,17 @@ def install(
             "(and install() has set it)",
             stacklevel=2,
         )
-    storage = RouterStateStorage.from_settings(settings)
-    deliver = getattr(router.deliver, "__wrapped__", router.deliver)
+    storage = RouterStateStorage.from_settings(settings, section=section, allow_clear=allow_clear)
+    deliver = _installed.get(router.deliver, router.deliver)
     policy = _deferring(deliver, storage) if on_outage == "defer" else _waiting(deliver, storage, patience)
-    router.deliver = functools.wraps(deliver)(policy)
+    router.deliver = policy
     router.STATE_STORE = storage
+    _installed[policy] = deliver
     return storage
+
+
+#: What `install` has put in place of a router's ``deliver`` -> what was there.
+_installed: Final[weakref.WeakKeyDictionary[Callable[[Any], None], Callable[[Any], None]]] = weakref.WeakKeyDictionary()
 
 
 def _deferring(deliver: Callable[[Any], None], storage: RouterStateStorage) -> Callable[[Any], None]:
@@ -223,6 +258,7 @@ def _deferring(deliver: Callable[[Any], None], storage: RouterStateStorage) -> C
             with storage.delivery():
                 deliver(message)
         except StoreUnavailable as error:
+            log.error("deferred a mail to %s by 451: %s", message.To, error)
             raise SMTPError(451, "4.3.0 The state store is out of reach; try again later") from error
 
     return deliver_or_defer
@@ -231,15 +267,25 @@ def _deferring(deliver: Callable[[Any], None], storage: RouterStateStorage) -> C
 def _waiting(deliver: Callable[[Any], None], storage: RouterStateStorage, patience: float) -> Callable[[Any], None]:
     def deliver_or_wait(message: Any) -> None:
         deadline = time.monotonic() + patience
-        pause = FIRST_PAUSE
-        while True:
-            try:
-                with storage.delivery():
-                    return deliver(message)
-            except StoreUnavailable:
-                if time.monotonic() + pause > deadline:
-                    raise
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+
+        def attempt() -> None:
+            with storage.delivery(deadline):
+                deliver(message)
+
+        _until(deadline, attempt)
 
     return deliver_or_wait
+
+
+def _until(deadline: float, function: Callable[[], T]) -> T:
+    """What ``function`` answers, tried again with growing pauses while the store fails and there is time."""
+    pause = FIRST_PAUSE
+    while True:
+        try:
+            return function()
+        except StoreUnavailable as error:
+            if time.monotonic() + pause > deadline:
+                raise
+            log.warning("waiting for the state store: %s", error)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)

@@ -61,8 +61,11 @@ class SessionRecord:
             return None
         if OPAQUE in document:
             return self._opaque(document[OPAQUE])
-        application = {name: value for name, value in document.items() if name not in RESERVED}
-        return payloads.write(application, self._form(document))
+        # The time of access in front, as a sign of ours: see `_is_as_loaded`.
+        application = {ACCESSED: document.get(ACCESSED, time.time()), **document}
+        return payloads.write(
+            {name: value for name, value in application.items() if name not in RESERVED}, self._form(document)
+        )
 
     def exists(self) -> bool:
         """Whether `load` would find a session."""
@@ -86,10 +89,11 @@ class SessionRecord:
             self.delete()
             return
         ours = self._complete(read.document)
-        if self._is_touch(ours):
-            self._touch(ours)
+        base = self._loaded if self._is_as_loaded(read.document) else self._base
+        if base is not None and documents.difference(base, ours) <= TOUCHED:
+            self._touch(base, ours)
         else:
-            self._commit(ours, read.form)
+            self._commit(base, ours, read.form)
 
     def delete(self) -> None:
         """Remove the record, whatever others have done to it. A request still in flight cannot bring it back."""
@@ -99,9 +103,17 @@ class SessionRecord:
             self._store.delete(self._key)
         self._stored = self._base = self._loaded = None
 
-    def _commit(self, ours: Document, form: Form | None) -> None:
-        base = self._base
+    def _is_as_loaded(self, saved: Document) -> bool:
+        """Whether Beaker saves the session as it was loaded, whatever the request has done to it since.
 
+        That is ``Session.save(accessed_only=True)``, which must not undo an earlier, explicit save of the same
+        request (pyramid_beaker issue 26). Beaker does not tell, but the order of keys does: it then hands over the
+        mapping that it was given by `load`, which begins with the time of access, and otherwise one that begins with
+        what ``Session.clear()`` puts into it.
+        """
+        return self._loaded is not None and next(iter(saved)) == ACCESSED
+
+    def _commit(self, base: Document | None, ours: Document, form: Form | None) -> None:
         def merged(current: bytes | None) -> bytes | None:
             # To a request that has run longer than the session had to live, an expired record is still its own.
             theirs = self._open(current, though_expired=base is not None)
@@ -117,26 +129,16 @@ class SessionRecord:
         self._stored = self._modify(merged)
         self._base = ours
 
-    def _is_touch(self, ours: Document) -> bool:
-        """Whether ``ours`` says no more than that the session has been read.
-
-        For ``save(accessed_only=True)`` Beaker hands over what was loaded, even after an explicit save (pyramid_beaker
-        issue 26); that must not undo the save.
-        """
-        seen = [document for document in (self._base, self._loaded) if document is not None]
-        return any(documents.difference(document, ours) <= TOUCHED for document in seen)
-
-    def _touch(self, ours: Document) -> None:
+    def _touch(self, base: Document, ours: Document) -> None:
         """Note the time of access, unless somebody else has changed the record meanwhile: then it is fresh anyway."""
         stored = self._stored
         theirs = None if isinstance(stored, Unread) else self._open(stored, though_expired=True)
         if theirs is None or isinstance(stored, Unread) or OPAQUE in theirs:
             return
-        times = {name: ours[name] for name in TOUCHED & ours.keys()}
-        merge = documents.merge({}, times, _mergeable(theirs))
+        merge = documents.merge(base, ours, _mergeable(theirs))
         touched = self._encode(merge.document, theirs.get(SERIALIZER))
         try:
-            if self._store.compare_and_swap(self._key, stored, touched, documents.expires_at(touched)):
+            if self._store.compare_and_swap(self._key, stored, touched, merge.document.get(EXPIRES)):
                 self._stored = touched
             else:
                 observe.count("session.touch_dropped")

@@ -172,6 +172,11 @@ class Settings:
             )
         return cls(**values)
 
+    @property
+    def timing(self) -> dict[str, Any]:
+        """What `beaker_statestore.stores.open_store` takes besides the URL."""
+        return {"connect_timeout": self.connect_timeout, "timeout": self.deadline, "pool_size": self.pool_size}
+
 
 def _warn_unknown(name: str, origin: str, known: Mapping[str, object]) -> None:
     close = difflib.get_close_matches(name, [*known, *BEAKERS_OWN], n=1)

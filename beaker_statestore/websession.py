@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import itertools
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from beaker.exceptions import BeakerWarning
 from beaker.middleware import SessionMiddleware
 from webob.exc import HTTPServiceUnavailable
 
-from beaker_statestore.exceptions import StoreUnavailable
-from beaker_statestore.settings import SESSION_PREFIXES
+from beaker_statestore.exceptions import ConfigurationError, SessionUnavailable, StoreUnavailable
+from beaker_statestore.settings import SESSION_PREFIXES, Settings, session_options
+from beaker_statestore.stores import open_store
 
 __all__ = ["OutageFilter", "filter_app_factory", "make_filter"]
 
@@ -33,21 +36,44 @@ def make_filter(app: WSGIApplication, settings: Mapping[str, Any]) -> WSGIApplic
 
     :param settings: an application's settings, of which the ``beaker.session.*`` are used; as the type,
         ``ext:tcjson`` is the default.
+    :raises ConfigurationError: an option is wrong or missing, or contradicts another.
     """
     options = {name: value for name, value in settings.items() if name.startswith(SESSION_PREFIXES)}
     if not any(prefix + "type" in options for prefix in SESSION_PREFIXES):
         options["beaker.session.type"] = "ext:tcjson"
-    serializer = next(
-        (options[p + "data_serializer"] for p in SESSION_PREFIXES if p + "data_serializer" in options), None
-    )
+    chosen = session_options(options)
+    serializer = chosen.get("data_serializer", "pickle")
     if serializer in ("pickle", "json"):
-        options.setdefault("beaker.session.serializer", serializer)
+        if chosen.get("serializer", serializer) != serializer:
+            raise ConfigurationError(
+                f"beaker.session.serializer is {chosen['serializer']!r}, but Beaker's data_serializer is "
+                f"{serializer!r}: leave the first one out, it follows the other"
+            )
+        options["beaker.session.serializer"] = serializer
+    if chosen.get("encrypt_key") and chosen.get("crypto_type", "default") not in ("default", "cryptography"):
+        raise ConfigurationError(
+            f"beaker.session.crypto_type is {chosen['crypto_type']!r}, which enciphers sessions without authenticating "
+            "them: whoever can write to the store could run code. Leave the option out, and pip install cryptography"
+        )
+    # Whatever is wrong is better said when the application starts than to its first visitor.
+    checked = Settings.from_options(session_options(options))
+    open_store(checked.url, **checked.timing)
+    _keep_session_ids_out_of_warnings()
     return OutageFilter(SessionMiddleware(app, options))
 
 
 def filter_app_factory(app: WSGIApplication, global_conf: Mapping[str, Any], **local_conf: Any) -> WSGIApplication:
     """`make_filter` as PasteDeploy's ``paste.filter_app_factory``: ``use = egg:beaker-statestore#session``."""
     return make_filter(app, {**global_conf, **local_conf})
+
+
+def _keep_session_ids_out_of_warnings() -> None:
+    """Silence Beaker's warning about a load that met an outage: it quotes the id, which is still good.
+
+    beaker.session.Session.__init__ issues it before its second load. The outage itself is logged here, without id.
+    """
+    message = rf"Invalidating corrupt session .*; error was: {SessionUnavailable.PREFIX}"
+    warnings.filterwarnings("ignore", message, BeakerWarning)
 
 
 class OutageFilter:
@@ -78,7 +104,7 @@ class OutageFilter:
             # Without the path, which may hold a secret.
             log.error("503: %s", error)
             unavailable = HTTPServiceUnavailable(
-                "The session store is out of reach. Nothing is lost; please try again in a moment.",
+                "The session store is out of reach; please try again in a moment.",
                 headers=[("Retry-After", str(self.retry_after)), ("Cache-Control", "no-store")],
             )
             return unavailable(environ, start_response)  # type: ignore[no-any-return]  # WebOb has no hints

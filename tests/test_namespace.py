@@ -16,6 +16,7 @@ from beaker.middleware import SessionMiddleware
 from beaker.util import parse_cache_config_options
 from webtest import TestApp
 
+from beaker_statestore import namespace
 from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError, DocumentRefusedError
 from beaker_statestore.namespace import DocumentManager, TCJSONContainer, TCJSONNamespaceManager, register
 from beaker_statestore.settings import UnknownOptionWarning
@@ -56,7 +57,18 @@ def test_beaker_finds_the_entry_point_by_itself(monkeypatch: pytest.MonkeyPatch,
     fresh = type(beaker_cache.clsmap)({})
     monkeypatch.setattr(beaker_cache, "clsmap", fresh)
     assert isinstance(Cache("ns", type="ext:tcjson", **options).namespace, TCJSONNamespaceManager)
-    register()
+
+
+def test_registering_by_hand_comes_to_the_same(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    for entry_points_are_found in (True, False):
+        fresh = type(beaker_cache.clsmap)({})
+        fresh.initialized = not entry_points_are_found
+        monkeypatch.setattr(beaker_cache, "clsmap", fresh)
+        monkeypatch.setattr(namespace, "clsmap", fresh)
+        register()
+        assert isinstance(Cache("ns", type="ext:tcjson", **options).namespace, TCJSONNamespaceManager)
+        with pytest.raises(TypeError, match="Unknown cache"):
+            Cache("ns", type="ext:nothing", **options)
 
 
 def test_a_cached_value_comes_back(cache: Cache) -> None:
@@ -179,6 +191,28 @@ def test_a_damaged_cache_record_is_named(cache: Cache, options: dict[str, Any], 
     store.put(key, b"[1]")
     with pytest.raises(DocumentDamagedError, match="array"):
         cache.get("key")
+
+
+def test_a_damaged_cache_record_can_be_removed(cache: Cache, options: dict[str, Any], store: Store) -> None:
+    cache.put("key", 1)
+    (key,) = store.keys(options["prefix"].encode())
+    store.put(key, b"[1]")
+    cache.remove_value("key")
+    assert store.get(key) is None
+    assert cache.get("key", createfunc=lambda: 2) == 2
+
+
+def test_a_cache_is_no_session_whatever_its_options(options: dict[str, Any], store: Store) -> None:
+    cache = Cache("ns", type="ext:tcjson", digest_filenames="true", **options)
+    cache.put("session", 1)
+    assert cache.get("session") == 1
+    assert list(records(store, options)) == [b"cache:ns:session"]
+
+
+def test_a_tuple_of_the_applications_own_is_a_value(options: dict[str, Any]) -> None:
+    manager = TCJSONNamespaceManager("ns", **options)
+    manager.set_value("key", ("a", "b", "c"), expiretime=5)
+    assert manager["key"] == ["a", "b", "c"]
 
 
 def test_the_old_container_interface(options: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -132,6 +133,12 @@ def test_one_of_many_moves_a_sender_on(storage: RouterStateStorage) -> None:
     assert storage.states_of("zed") == {"a": "MEMBER", "other": "ONE"}
 
 
+def test_any_of_several_states_will_do(storage: RouterStateStorage) -> None:
+    storage.set("a", "zed", "MEMBER")
+    assert storage.move("a", "zed", ("CONFIRMING", "MEMBER"), "START")
+    assert not storage.move("a", "zed", ("CONFIRMING", "MEMBER"), "START")
+
+
 def test_from_start_and_back_again(storage: RouterStateStorage) -> None:
     assert storage.move("a", "zed", "START", "MEMBER")
     assert not storage.move("a", "zed", "START", "MEMBER")
@@ -144,6 +151,18 @@ def test_everybody_can_be_listed(storage: RouterStateStorage) -> None:
         storage.set("a", sender, "ONE")
     listed = {sender: states for page in storage.pages() for sender, states in page}
     assert listed == {sender: {"a": "ONE"} for sender in ODD}
+
+
+def test_one_damaged_record_does_not_hide_the_others(
+    storage: RouterStateStorage, store: Store, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.set("a", "ada", "ONE")
+    storage.set("a", "zed", "ONE")
+    store.put(f"{options['prefix']}state:bob".encode(), b"garbage")
+    store.put(f"{options['prefix']}state:eve".encode(), b'{"_expires": 4000000000, "a": "ONE", "n": 3}')
+    listed = {sender: states for page in storage.pages() for sender, states in page}
+    assert listed == {"ada": {"a": "ONE"}, "zed": {"a": "ONE"}, "eve": {"a": "ONE"}}
+    assert "state:bob" in caplog.text
 
 
 def test_clear_touches_only_its_own(options: dict[str, Any], storage: RouterStateStorage, store: Store) -> None:
@@ -348,6 +367,34 @@ def test_a_queue_receiver_waits_until_the_store_is_back(
     assert len(router.UNDELIVERABLE_QUEUE) == 0
 
 
+def test_waiting_runs_no_handler_twice_for_the_routers_own_calls(
+    router: Any, handlers: Handlers, faulty: FaultyStore
+) -> None:
+    storage = install(router, {"beaker.session.url": faulty}, on_outage="wait", patience=20)
+    for nth in range(1, 4):
+        handlers.calls.clear()
+        faulty.fail(nth, for_good=True)
+        timer = threading.Timer(0.15, faulty.heal)
+        timer.start()
+        sender = f"waiting-{nth}@example.com"
+        router.deliver(message(sender))
+        timer.join(10)
+        assert faulty.has_failed
+        assert handlers.calls == ["START"]
+        assert storage.get(handlers.__name__, sender) == "MEMBER"
+
+
+def test_waiting_delivers_again_what_a_handler_could_not_do_for_an_outage(
+    router: Any, handlers: Handlers, faulty: FaultyStore
+) -> None:
+    storage = install(router, {"beaker.session.url": faulty}, on_outage="wait", patience=20)
+    handlers.raising = StoreUnavailable("down")
+    threading.Timer(0.15, lambda: setattr(handlers, "raising", None)).start()
+    router.deliver(message("again@example.com"))
+    assert len(handlers.calls) > 1
+    assert storage.get(handlers.__name__, "again@example.com") == "MEMBER"
+
+
 def test_a_queue_receivers_patience_ends(router: Any, handlers: Handlers, faulty: FaultyStore) -> None:
     install(router, {"beaker.session.url": faulty}, on_outage="wait", patience=0.3)
     faulty.fail(1, for_good=True)
@@ -367,6 +414,33 @@ def test_installing_twice_defers_once(router: Any, handlers: Handlers, faulty: F
             router.deliver(message("twice@example.com"))
     finally:
         faulty.heal()
+
+
+def test_installing_again_keeps_what_others_have_put_around_delivery(
+    router: Any, handlers: Handlers, options: dict[str, Any]
+) -> None:
+    traced = []
+    deliver = router.deliver
+
+    @functools.wraps(deliver)
+    def tracing(message: Any) -> None:
+        traced.append(message)
+        deliver(message)
+
+    router.deliver = tracing
+    settings = {f"beaker.session.{name}": value for name, value in options.items()}
+    install(router, settings)
+    install(router, settings)
+    router.deliver(message("traced@example.com"))
+    assert len(traced) == 1
+
+
+def test_salmons_conversations_can_clear_if_allowed(router: Any, options: dict[str, Any]) -> None:
+    settings = {f"beaker.session.{name}": value for name, value in options.items()}
+    storage = install(router, settings, allow_clear=True)
+    storage.set("a", "zed", "ONE")
+    router.clear_states()
+    assert storage.get("a", "zed") == "START"
 
 
 def test_the_attribute_that_salmons_documentation_misspells_is_warned_about(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,13 +11,10 @@ import pytest
 from beaker.middleware import SessionMiddleware
 from webtest import TestApp
 
-from beaker_statestore.exceptions import StoreUnavailable
+from beaker_statestore.exceptions import ConfigurationError, StoreUnavailable
 from beaker_statestore.stores import open_store
 from beaker_statestore.testing import FaultyStore
 from beaker_statestore.websession import OutageFilter, filter_app_factory, make_filter
-
-# Beaker says so of every error of a load, before it goes on to a second load.
-pytestmark = pytest.mark.filterwarnings("ignore:Invalidating corrupt session")
 
 
 def counting(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -123,6 +121,20 @@ def test_requests_that_overlap_in_stock_beakers_middleware_lose_nothing(options:
     assert browser.get("/?read").json == {}
 
 
+def test_no_warning_tells_a_session_id(
+    faulty: FaultyStore, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    browser = TestApp(make_filter(counting, settings))
+    browser.get("/visit")
+    with warnings.catch_warnings(record=True) as warned:
+        make_filter(counting, settings)  # whose own filter was forgotten by the line above
+        faulty.fail(1, for_good=True)
+        browser.get("/read", status=503)
+        faulty.heal()
+    assert [str(warning.message) for warning in warned] == []
+    assert browser.cookies["beaker.session.id"][40:] not in caplog.text
+
+
 def test_an_outage_gives_a_new_visitor_no_cookie(faulty: FaultyStore, settings: dict[str, Any]) -> None:
     browser = TestApp(make_filter(counting, settings))
     faulty.fail(1, for_good=True)
@@ -149,6 +161,30 @@ def test_an_application_that_catches_the_outage_gets_the_same_session_when_it_is
     patient_browser = TestApp(make_filter(patient, settings), cookiejar=browser.cookiejar)
     faulty.fail(1, for_good=True)
     assert patient_browser.get("/read").text == "nobody 1"
+
+
+def test_a_cipher_that_authenticates_nothing_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="pycryptodome"):
+        make_filter(
+            counting,
+            {**settings, "beaker.session.encrypt_key": "key", "beaker.session.crypto_type": "pycryptodome"},
+        )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"beaker.session.url": ""}, "url is not set"),
+        ({"beaker.session.url": "foo:bar"}, "foo:bar"),
+        ({"beaker.session.deadline": "soon"}, "deadline"),
+        ({"beaker.session.data_serializer": "json", "beaker.session.serializer": "pickle"}, "leave the first one out"),
+    ],
+)
+def test_what_is_wrong_is_said_when_the_application_starts(
+    settings: dict[str, Any], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make_filter(counting, {**settings, **changed})
 
 
 def test_the_filter_is_a_paste_filter(faulty: FaultyStore) -> None:

@@ -121,6 +121,8 @@ class Store(Verbs):
 
     #: Whether `close` has been called.
     closed: bool = False
+    #: Whether the engine itself removes records once their ``expires_at`` has passed; others ignore that hint.
+    expires: bool = False
 
     def apply(self, operations: Sequence[Callable[[Verbs], T]]) -> list[T]:
         """Run ``operations`` in order and answer their results in the same order.
@@ -146,7 +148,7 @@ class Store(Verbs):
             must be free of side effects, since it is called again whenever somebody else was quicker. Returning what
             it was given writes nothing.
         :param known: the value as last read by the caller; saves a read when it is still current.
-        :param expires_at: computes the hint of the same name from the new value.
+        :param expires_at: computes the hint of the same name from the new value; called only if `expires` is true.
         :raises ContentionError: others kept changing the record for `CONTENTION_DEADLINE` seconds.
         :raises StoreUnavailable: the store failed. Where a swap's outcome was unknown, the record has been read back
             first: if it holds the new value, the modification succeeded. (So a function whose results may be the
@@ -162,7 +164,7 @@ class Store(Verbs):
             new = function(current)
             if new == current:
                 return current
-            hint = expires_at(new) if expires_at is not None and new is not None else None
+            hint = expires_at(new) if self.expires and expires_at is not None and new is not None else None
             doubt: OutcomeUnknown | None = None
             try:
                 if self.compare_and_swap(key, current, new, hint):

@@ -411,7 +411,8 @@ class PyTyrant(MutableMapping[Text, Any]):
 
     def multi_set(self, items: Iterable[tuple[Text, Any]], no_update_log: bool = False) -> None:
         """Store pairs of key and value."""
-        self.t.misc("putlist", _misc_options(no_update_log), itertools.chain.from_iterable(items))
+        pairs = [(key, value) for key, value in items]
+        self.t.misc("putlist", _misc_options(no_update_log), itertools.chain.from_iterable(pairs))
 
     def call_func(
         self, func: Text, key: Text, value: Text, record_locking: bool = False, global_locking: bool = False
