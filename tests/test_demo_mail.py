@@ -468,6 +468,16 @@ def test_whatever_store_call_fails_a_mail_is_done_or_deferred(
     assert n > 2
 
 
+def test_one_damaged_record_does_not_keep_posts_from_all_members(router: Router) -> None:
+    for member in ("ann@example.com", "bob@example.com"):
+        routing.Router.STATE_STORE.set("news", member, MEMBER)
+    for key, garbage in {b"state:zz": b"garbage", b"state:%zz": b"{}", b"state:s\xff": b"[]"}.items():
+        router.store.put(key, garbage)
+    assert router.takes("ann@example.com", NEWS)
+    assert router.state("ann@example.com") == MEMBER
+    assert [mail.subject for mail in router.outbox.mails("bob@example.com")] == ["[news] A post"]
+
+
 def test_what_the_sender_sees_is_one_recipient_at_a_time(demo: Demo, ann: Writer, bob: Writer) -> None:
     """Salmon can give one answer for one mail, so it takes the second recipient later."""
     with smtplib.SMTP(HOST, demo.ports["mail"], timeout=20) as smtp:

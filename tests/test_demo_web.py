@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from webtest import TestApp
@@ -18,6 +18,7 @@ from beaker_statestore.router import RouterStateStorage
 from beaker_statestore.settings import read_ini
 from beaker_statestore.stores.memory import MemoryStore
 from beaker_statestore.testing import FaultyStore
+from beaker_statestore.websession import make_filter
 from wsgi_demo import app_factory, make_app
 from wsgi_demo.letters import Letters
 from wsgi_demo.newsletter import CONFIRMING, ERROR, MEMBER, NEWS, START, Confirmation, Newsletter
@@ -28,6 +29,10 @@ from wsgi_demo.settings import Endpoint, Settings
 
 #: Beaker warns of the outages that these tests make, before the filter answers them.
 pytestmark = pytest.mark.filterwarnings("ignore:Invalidating corrupt session")
+
+T = TypeVar("T")
+
+INI = Path(__file__).parent.parent / "ini"
 
 ANN = "ann@example.com"
 BOB = "bob@example.com"
@@ -171,8 +176,10 @@ def test_of_two_who_use_a_link_at_once_one_gets_in(world: World) -> None:
     ask_for_link(world.browser(), ANN)
     secret = world.path_in_mail().rpartition("/")[2]
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(world.newsletter.sign_in, [secret] * 8))
+        got = list(pool.map(lambda token: world.newsletter.sign_in(secret, token), "abcdefgh"))
+        again = list(pool.map(lambda token: world.newsletter.sign_in(secret, token), "abcdefgh"))
     assert sorted(got, key=str) == [*[None] * 7, ANN]
+    assert again == got, "whoever got in may repeat it, and nobody else may"
 
 
 def test_signing_in_changes_the_session_id(world: World) -> None:
@@ -322,6 +329,37 @@ def test_a_member_leaves(world: World) -> None:
     world.newsletter.move(ANN, START, MEMBER)
     assert "You have left the list" in form(browser.get("/"), "Leave the list").submit().follow().text
     assert world.newsletter.state(ANN) == START
+
+
+class InterruptedStore(FaultyStore):
+    """Has something else happen just before its ``n``-th call, as if another process did it."""
+
+    def interrupt(self, n: int, act: Callable[[], object]) -> None:
+        self.calls, self._act, self._at = [], act, n
+
+    def _call(self, name: str, function: Callable[..., T], *arguments: Any, writes: bool = True) -> T:
+        if len(self.calls) + 1 == getattr(self, "_at", None):
+            self._at = 0
+            self._act()
+        return super()._call(name, function, *arguments, writes=writes)
+
+
+def test_who_leaves_has_left_whenever_a_click_confirms() -> None:
+    store = InterruptedStore(MemoryStore())
+    settings = {"beaker.session.url": store}
+    newsletter = Newsletter(
+        Settings.from_mapping(settings), RouterStateStorage.from_settings(settings), Relay(Endpoint("127.0.0.1", 9), "")
+    )
+    clicked: list[bool] = []
+    for n in itertools.count(1):
+        clicked.clear()
+        newsletter.states.set(NEWS, ANN, CONFIRMING)
+        store.interrupt(n, lambda: clicked.append(newsletter.move(ANN, CONFIRMING, MEMBER)))
+        assert newsletter.leave(ANN)
+        assert newsletter.state(ANN) == START
+        if clicked != [True]:
+            break
+    assert n > 2
 
 
 def test_a_request_to_join_can_be_forgotten(world: World) -> None:
@@ -599,26 +637,77 @@ def test_whatever_store_call_fails_the_answer_is_right_or_a_503(
     assert n > 3
 
 
+@pytest.mark.parametrize("again", ["press", "open"])
 @pytest.mark.parametrize("executed", [False, True], ids=["before", "after"])
-def test_whatever_store_call_fails_nobody_is_signed_in_by_half(
-    world: World, store: FaultyStore, executed: bool
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for-good"])
+def test_whatever_store_call_fails_signing_in_can_be_repeated(
+    world: World, store: FaultyStore, again: str, executed: bool, for_good: bool
 ) -> None:
     for n in itertools.count(1):
         address = f"ann{n}@example.com"
         browser = world.browser()
         ask_for_link(browser, address)
-        page = form(browser.get(world.path_in_mail(address)), "Sign in")
-        store.fail(n, executed=executed)
-        answer = page.submit(status="*")
+        path = world.path_in_mail(address)
+        page = browser.get(path)
+        old = browser.cookies["demo_session"]
+        store.fail(n, executed=executed, for_good=for_good)
+        answer = form(page, "Sign in").submit(status="*")
         failed = store.has_failed
         store.heal()
-        signed_in = f"signed in as <strong>{address}</strong>" in browser.get("/").text
         assert answer.status_int in (303, 503)
-        assert signed_in == (answer.status_int == 303)
+        if answer.status_int == 503:
+            assert browser.cookies["demo_session"] == old
+            page = page if again == "press" else browser.get(path)
+            answer = form(page, "Sign in").submit(status=303)
+        assert f"signed in as <strong>{address}</strong>" in answer.follow().text
+        assert store.get(f"session:{old}".encode()) is None
+        for one in (browser, world.browser()):
+            assert one.get(path, status=410)
         if not failed:
             break
-    assert signed_in
-    assert n > 3
+    assert n > 4
+
+
+@pytest.mark.parametrize("executed", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for-good"])
+def test_whatever_store_call_fails_the_old_session_ends_before_anything_is_done_in_the_new_one(
+    world: World, store: FaultyStore, executed: bool, for_good: bool
+) -> None:
+    for n in itertools.count(1):
+        browser = world.signed_in(f"ann{n}@example.com")
+        browser.get("/")
+        old = browser.cookies["demo_session"]
+        address = f"bob{n}@example.com"
+        ask_for_link(world.browser(), address)
+        answer = form(browser.get(world.path_in_mail(address)), "Sign in").submit()
+        store.fail(n, executed=executed, for_good=for_good)
+        page = browser.get("/", status="*")
+        failed = store.has_failed
+        store.heal()
+        assert page.status_int in (200, 503)
+        if page.status_int == 503:
+            page = answer.follow()
+        assert f"signed in as <strong>{address}</strong>" in page.text
+        assert store.get(f"session:{old}".encode()) is None
+        if not failed:
+            break
+    assert n > 4
+
+
+def test_a_link_that_one_browser_is_about_to_use_is_no_longer_good_for_another(
+    world: World, store: FaultyStore
+) -> None:
+    ask_for_link(world.browser(), ANN)
+    path = world.path_in_mail()
+    first, second = world.browser(), world.browser()
+    pages = [browser.get(path) for browser in (first, second)]
+    store.fail(4)  # the session, the link, its new owner; what fails is the new session
+    form(pages[0], "Sign in").submit(status=503)
+    assert store.calls[2:3] == ["compare_and_swap"]
+    store.heal()
+    assert form(pages[1], "Sign in").submit(status=410)
+    assert second.get(path, status=410)
+    assert ANN in form(pages[0], "Sign in").submit(status=303).follow().text
 
 
 # The outbox, in development only
@@ -733,10 +822,30 @@ def test_a_wrong_setting_is_named_with_its_remedy(world: World, option: str, val
 def test_paste_makes_the_application_from_the_ini_file() -> None:
     from paste.deploy import loadapp
 
-    ini = Path(__file__).parent.parent / "ini" / "development.ini"
+    ini = INI / "development.ini"
     app = loadapp(f"config:{ini}")
     assert TestApp(app).get("/static/style.css").status_int == 200
     assert TestApp(app_factory({}, **read_ini(ini))).get("/static/style.css").status_int == 200
+
+
+@pytest.mark.parametrize("name", ["development.ini", "production.ini"])
+def test_the_ini_files_say_everything_and_nothing_that_depends_on_where_they_are_read(name: str) -> None:
+    given = read_ini(INI / name)
+    settings = Settings.from_mapping(given)
+    said = {option for option in given if option.startswith("demo.")}
+    assert {f"demo.{option}" for option in ("base_url", "host", "smtp", "relay", "outbox", "undeliverable")} <= said
+    assert Path(settings.outbox).is_absolute()
+    assert Path(settings.undeliverable).is_absolute()
+    make_filter(lambda *_: [], given)
+
+
+def test_in_production_mails_lead_to_the_public_address_and_go_to_a_mail_server() -> None:
+    settings = Settings.from_mapping(read_ini(INI / "production.ini"))
+    assert settings.base_url == "https://lists.example.com"
+    assert settings.host == "lists.example.com"
+    assert settings.relay.port == 25
+    assert settings.secure
+    assert not settings.development
 
 
 # Every page, for everybody

@@ -2,15 +2,14 @@
 
 A sender's state belongs to the mail router, which keeps it in `RouterStateStorage`; its names are those of the state
 functions in `handlers`. Two people, two mails or a mail and a click may come at the same moment to different
-processes, so every change of state here names the state that it starts from: `move` is done or not done, and exactly
-one of several that want the same gets it done.
+processes, so every change of state here names the states that it starts from, and is done or not done: see `move`.
 """
 
 from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from email.message import EmailMessage
 
 from beaker_statestore.router import ERROR, START, RouterStateStorage
@@ -60,8 +59,13 @@ class Newsletter:
         """The states of ``address`` for every handler that knows it, and for this list in any case."""
         return {NEWS: START, **self.states.states_of(address)}
 
-    def move(self, address: str, before: str, after: str, key: str = NEWS) -> bool:
-        """Change the state from ``before`` to ``after``; False, and no change, when it was another."""
+    def move(self, address: str, before: str | Collection[str], after: str, key: str = NEWS) -> bool:
+        """Change the state from ``before``, or any of several, to ``after``; False, and no change, when it was another.
+
+        Of several that want the same at once, one gets True. Only when an answer of the store was lost can it be
+        two, since what is then found done counts as one's own. So True may lead to what does no harm when it happens
+        twice, such as the same letter once more, and to nothing else.
+        """
         return self.states.move(key, address, before, after)
 
     def members(self) -> Iterator[str]:
@@ -95,7 +99,7 @@ class Newsletter:
 
     def leave(self, address: str) -> bool:
         """End a membership, or a subscription that was not confirmed; False when there was neither."""
-        return self.move(address, MEMBER, START) or self.move(address, CONFIRMING, START)
+        return self.move(address, (MEMBER, CONFIRMING), START)
 
     def reset(self, address: str, key: str = NEWS) -> bool:
         """Forget an ERROR, so that ``address`` can start again; False when there was none."""
@@ -113,13 +117,16 @@ class Newsletter:
         """Mail a link to sign in, unless ``address`` has got too many of late."""
         self._mail(self._links, address, lambda: self.letters.sign_in(address, self._sign_ins.make(address)))
 
-    def can_sign_in(self, secret: str) -> str | None:
-        """Whom a link would sign in; None if it is no longer good."""
-        return self._sign_ins.address(secret)
+    def can_sign_in(self, secret: str, token: str | None) -> str | None:
+        """Whom a link would sign in in the session with this ``token``; None if it is no longer good there."""
+        return self._sign_ins.address(secret, token)
 
-    def sign_in(self, secret: str) -> str | None:
-        """Whom a link signs in; None if it is no longer good. From now on it is not."""
-        return self._sign_ins.take(secret)
+    def sign_in(self, secret: str, token: str) -> str | None:
+        """Whom a link signs in; None if it is no longer good. From now on it is good in this session alone.
+
+        Whoever gets the address has to end that session once he has signed in.
+        """
+        return self._sign_ins.take(secret, token)
 
     def _mail(self, budget: MailBudget, address: str, write: Callable[[], EmailMessage]) -> None:
         if not budget.spend(address):

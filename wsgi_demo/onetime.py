@@ -17,6 +17,7 @@ from beaker_statestore.settings import session_options
 
 __all__ = ["MailBudget", "Secrets"]
 
+#: Whether a secret was used, or by whom: True or a hash.
 USED = "used"
 
 
@@ -34,10 +35,11 @@ class Secrets:
         self._documents[_hash(secret)] = {"address": address, "_expires": time.time() + self._lifetime}
         return secret
 
-    def address(self, secret: str) -> str | None:
-        """The address that the secret was mailed to; None if it is unknown, used or too old."""
+    def address(self, secret: str, by: str | None = None) -> str | None:
+        """The address that the secret was mailed to; None if it is unknown, too old, or used by another than ``by``."""
         document = self._documents.read(_hash(secret))
-        return None if document is None or USED in document else str(document["address"])
+        mine = None if by is None else _hash_of_user(by)
+        return None if document is None or document.get(USED, mine) != mine else str(document["address"])
 
     def user(self, secret: str) -> str | None:
         """The address to which the secret was mailed and which has used it, not too long ago."""
@@ -48,14 +50,24 @@ class Secrets:
         """Make it a used one. Doing so twice is harmless, so it fits what can be tried again."""
         self._documents.modify(_hash(secret), lambda document: document and {**document, USED: True})
 
-    def take(self, secret: str) -> str | None:
-        """As `address`, and forget the secret: of several callers at once, exactly one gets the address."""
-        document = self._documents.take(_hash(secret))
-        return None if document is None else str(document["address"])
+    def take(self, secret: str, by: str) -> str | None:
+        """As `address`, and from now on the secret is good for ``by`` alone, who may take it again.
+
+        So of several who take it at once exactly one gets the address, and what an outage breaks off can be repeated.
+
+        :param by: what only its owner knows, such as a session's token. Once that is forgotten, the secret is used up.
+        """
+        mine = _hash_of_user(by)
+        document = self._documents.modify(_hash(secret), lambda document: document and {USED: mine, **document})
+        return None if document is None or document[USED] != mine else str(document["address"])
 
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.lower().encode()).hexdigest()
+
+
+def _hash_of_user(user: str) -> str:
+    return hashlib.sha256(user.encode()).hexdigest()
 
 
 class MailBudget:

@@ -51,14 +51,14 @@ def check_your_mail(visit: Visit) -> Response:
 @routes.get(f"/sign-in/(?P<secret>{SECRET})")
 def show_sign_in(visit: Visit) -> Response:
     """Only a button: mail scanners open every link, and must not use it up."""
-    address = visit.newsletter.can_sign_in(visit.captures["secret"])
+    address = visit.newsletter.can_sign_in(visit.captures["secret"], visit.visitor.token)
     return _stale_link(visit) if address is None else visit.page("sign-in.html", address=address)
 
 
 @routes.post(f"/sign-in/(?P<secret>{SECRET})")
 def sign_in(visit: Visit) -> Response:
-    """Use the link up and sign in."""
-    address = visit.newsletter.sign_in(visit.captures["secret"])
+    """Sign in. Until the browser has come with its new session, it can repeat this, and nobody else can."""
+    address = visit.newsletter.sign_in(visit.captures["secret"], visit.visitor.make_token())
     if address is None:
         return _stale_link(visit)
     visit.visitor.sign_in(address)

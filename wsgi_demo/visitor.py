@@ -11,6 +11,7 @@ __all__ = ["Visitor"]
 ADDRESS = "address"
 TOKEN = "csrf_token"  # noqa: S105 - a name, no secret
 NOTICES = "notices"
+PREVIOUS = "previous_session"
 
 
 class Visitor:
@@ -26,28 +27,50 @@ class Visitor:
         return None if address is None else str(address)
 
     @property
-    def token(self) -> str:
-        """What every form has to bring back, to show that it came from one of our pages in this session."""
-        if TOKEN not in self._session:
+    def token(self) -> str | None:
+        """What every form has to bring back, to show that it came from one of our pages in this session.
+
+        None until there has been a form.
+        """
+        token = self._session.get(TOKEN)
+        return None if token is None else str(token)
+
+    def make_token(self) -> str:
+        """The `token` for a form; the first one makes the session one that is stored."""
+        if self.token is None:
             self._session[TOKEN] = secrets.token_urlsafe(24)
             self._session.save()
-        return str(self._session[TOKEN])
+        return str(self.token)
 
     def owns(self, token: str) -> bool:
         """Whether ``token`` is this session's."""
-        expected = self._session.get(TOKEN)
-        return expected is not None and hmac.compare_digest(str(expected).encode(), token.encode())
+        return self.token is not None and hmac.compare_digest(self.token.encode(), token.encode())
 
     def sign_in(self, address: str) -> None:
         """Make him the owner of ``address``, under a new session id: somebody may have planted the old one.
 
-        Nothing of the old session stays, neither in the store nor in the new one.
+        Nothing of the old session is in the new one. The old one ends when the browser comes with the new one (see
+        `end_previous`), not before: if the answer to this request is lost, the old one is all that the browser has.
         """
+        previous = self._session.id
         self._session.clear()
-        self._session.save()
-        self._session.persist()
         self._session.regenerate_id()
         self._session[ADDRESS] = address
+        self._session[PREVIOUS] = previous
+        self._session.save()
+
+    def end_previous(self) -> None:
+        """End the session that he had before he signed in, for whoever else may know its id.
+
+        Every page does so before it shows a form; so he can do nothing in the new session while the old one lives.
+        """
+        previous = self._session.pop(PREVIOUS, None)
+        if previous is None:
+            return
+        session = self._session.get_by_id(previous)
+        if session is not None:
+            session.delete()
+            session.save()
         self._session.save()
 
     def sign_out(self) -> None:

@@ -46,7 +46,7 @@ ERRORS: Mapping[int, tuple[str, str]] = {
     500: ("Something of ours broke", "It is not your fault. We have noted it."),
     503: (
         "Please try again in a moment",
-        "Something that we need is out of reach. Nothing is lost: you are as you were, and so are your subscriptions.",
+        "Something that we need is out of reach. Nothing is lost, and it does no harm to do the same once more.",
     ),
 }
 
