@@ -1,4 +1,4 @@
-"""The ``statestore`` command. Each subcommand is a module of its own; this one gathers them and reports errors."""
+"""The ``statestore`` command: gathers the subcommands, which are in `serve` and `records`, and reports errors."""
 
 from __future__ import annotations
 

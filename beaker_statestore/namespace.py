@@ -21,7 +21,6 @@ from beaker_statestore import documents, keys, observe
 from beaker_statestore.documents import EXPIRES, Document
 from beaker_statestore.exceptions import (
     ConfigurationError,
-    ContentionError,
     DocumentDamagedError,
     OutcomeUnknown,
     SessionUnavailable,
@@ -40,8 +39,6 @@ log = logging.getLogger(__name__)
 TYPE: Final = "ext:tcjson"
 #: Of Beaker's crypto modules the one that enciphers by AES-GCM; the others' ciphertext can be forged.
 AUTHENTICATING: Final = "beaker.crypto.pyca_cryptography"
-#: How often `DocumentManager.take` tries against others who change the document.
-TAKE_TRIES: Final = 100
 
 
 class DocumentManager(NamespaceManager):
@@ -89,19 +86,6 @@ class DocumentManager(NamespaceManager):
             return self._encode(key, after)
 
         return self._open(self.store.modify(self.records.record(key), on_bytes, expires_at=documents.expires_at))
-
-    def take(self, key: str | None) -> Document | None:
-        """Remove the document and answer it; of several callers at once, exactly one gets it.
-
-        :raises OutcomeUnknown: it may have been removed, and nobody has got it.
-        """
-        record = self.records.record(key)
-        for _ in range(TAKE_TRIES):
-            current = self.store.get(record)
-            document = self._open(current)
-            if document is None or self.store.compare_and_swap(record, current, None):
-                return document
-        raise ContentionError(f"{self.records.kind}[{key!r}] was changed by others {TAKE_TRIES} times")
 
     def read_many(self, keys: Iterable[str | None]) -> dict[str | None, Document]:
         """The documents of those of ``keys`` that have one, all read together.

@@ -1,10 +1,12 @@
 """``statestore get put delete keys states ping``: looking into a store, and mending what is in it.
 
-On a terminal the answers are for reading. In a pipe, or with ``--json``, they are JSON, one value a line.
+On a terminal the answers are for reading. In a pipe, or with ``--json``, they are JSON, one value a line. What is in a
+store came from anybody, so in neither form does it reach the terminal as anything but text.
 """
 
 from __future__ import annotations
 
+import base64
 import sys
 import time
 from collections.abc import Callable
@@ -14,8 +16,9 @@ from typing import Any, Final
 import click
 import simplejson
 from rich.console import Console
-from rich.json import JSON
+from rich.highlighter import JSONHighlighter
 from rich.table import Table
+from rich.text import Text
 
 from beaker_statestore import documents
 from beaker_statestore.exceptions import DocumentError
@@ -39,20 +42,29 @@ class Output:
     def value(self, value: Any) -> None:
         """Print one JSON value."""
         if self.as_json:
-            click.echo(simplejson.dumps(value, ensure_ascii=False))
+            click.echo(_shown(simplejson.dumps(value, ensure_ascii=False)))
         else:
-            self.console.print(JSON.from_data(value, ensure_ascii=False))
+            lines = simplejson.dumps(value, ensure_ascii=False, indent=2).split("\n")
+            self.console.print(JSONHighlighter()(Text("\n".join(map(_shown, lines)))))
 
     def line(self, text: str) -> None:
-        """Print one text, which in JSON is a value of its own."""
-        click.echo(simplejson.dumps(text) if self.as_json else text)
+        """Print one line for reading."""
+        click.echo(_shown(text))
 
     def table(self, headings: list[str], rows: list[list[str]]) -> None:
-        """Print rows for reading."""
-        table = Table(*headings, box=None, pad_edge=False)
+        """Print rows for reading. What does not fit beside the rest goes on below; nothing is left out."""
+        table = Table(box=None, pad_edge=False)
+        for heading in headings:
+            table.add_column(heading, overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            # A str would be read as Rich's markup.
+            table.add_row(*(Text(_shown(cell)) for cell in row))
         self.console.print(table)
+
+
+def _shown(text: str) -> str:
+    """``text`` with all that a terminal might obey or hide as JSON's escapes; JSON stays the same value."""
+    return "".join(c if c.isprintable() else simplejson.dumps(c)[1:-1] for c in text)
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -82,16 +94,19 @@ def _with_output(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _store(settings: Settings) -> Store:
-    return open_store(
-        settings.url,
-        connect_timeout=settings.connect_timeout,
-        timeout=settings.deadline,
-        pool_size=settings.pool_size,
-    )
+    return open_store(settings.url, **settings.timing)
 
 
-def _readable(key: bytes) -> str:
-    return key.decode("utf-8", "backslashreplace")
+def _key(argument: str) -> bytes:
+    # Python hands over as surrogates what was not UTF-8 on the command line (PEP 383).
+    return argument.encode("utf-8", "surrogateescape")
+
+
+def _json_key(key: bytes) -> str | dict[str, str]:
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(key).decode()}
 
 
 @click.command()
@@ -104,7 +119,7 @@ def get(settings: Settings, output: Output, key: str, raw: bool) -> None:
 
     KEY is the whole of it, such as session:0123456789abcdef0123456789abcdef.
     """
-    value = _store(settings).get(key.encode())
+    value = _store(settings).get(_key(key))
     if value is None:
         raise click.ClickException(f"there is no record {key}")
     if raw:
@@ -132,7 +147,7 @@ def put(settings: Settings, key: str, document: str | None, raw: bool) -> None:
             value = documents.encode(documents.decode(value), root=key, max_bytes=settings.max_value)
         except DocumentError as error:
             raise click.ClickException(f"not stored: {error}; --raw stores it all the same") from error
-    _store(settings).put(key.encode(), value)
+    _store(settings).put(_key(key), value)
 
 
 @click.command()
@@ -144,7 +159,7 @@ def delete(settings: Settings, keys: tuple[str, ...]) -> None:
     The exit status is 1 if one of them was not there.
     """
     store = _store(settings)
-    missing = [key for key in keys if not store.delete(key.encode())]
+    missing = [key for key in keys if not store.delete(_key(key))]
     if missing:
         raise click.ClickException(f"there was no record {', '.join(missing)}")
 
@@ -155,11 +170,17 @@ def delete(settings: Settings, keys: tuple[str, ...]) -> None:
 @_with_settings
 @_with_output
 def keys(settings: Settings, output: Output, prefix: str, limit: int | None) -> None:
-    """Print the record keys that begin with PREFIX."""
-    for number, key in enumerate(_store(settings).keys(prefix.encode())):
+    """Print the record keys that begin with PREFIX.
+
+    In JSON a key is a string, or, if it is not UTF-8, {"base64": "..."}.
+    """
+    for number, key in enumerate(_store(settings).keys(_key(prefix))):
         if number == limit:
             break
-        output.line(_readable(key))
+        if output.as_json:
+            output.value(_json_key(key))
+        else:
+            output.line(key.decode("utf-8", "backslashreplace"))
 
 
 @click.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import difflib
+import functools
 import math
 import os
 import warnings
@@ -20,9 +21,11 @@ from beaker_statestore.keys import validate_prefix
 
 __all__ = ["Settings", "UnknownOptionWarning", "read_ini", "session_options"]
 
-#: What PasteDeploy's ``use = config:...`` would otherwise look for, too.
+#: The application that PasteDeploy loads from a file when no other is named (``paste.deploy.loadwsgi.loadcontext``).
 DEFAULT_SECTION: Final = "app:main"
 SESSION_PREFIXES: Final = ("beaker.session.", "session.")
+#: The ways of a section to set the URL: for itself, for all, and from what is set for all.
+URL_LINES: Final = frozenset(f"{verb}{prefix}url" for verb in ("", "set ", "get ") for prefix in SESSION_PREFIXES)
 
 #: Beaker passes on every option that it does not use up itself, also those that only its own back ends or its
 #: middleware know (beaker.middleware, beaker.util.parse_cache_config_options); these mean nothing here and are no
@@ -165,7 +168,7 @@ class Settings:
                 except ValueError as error:
                     raise ConfigurationError(f"{origin}.{name} is {value!r}: {error}") from error
             elif name not in BEAKERS_OWN:
-                _warn_unknown(name, origin, parsers)
+                _warn_unknown(name, origin)
         if values.get("url") in (None, ""):
             raise ConfigurationError(
                 f"{origin}.url is not set: give the store's address, for example {origin}.url = 127.0.0.1:1978"
@@ -178,29 +181,42 @@ class Settings:
         return {"connect_timeout": self.connect_timeout, "timeout": self.deadline, "pool_size": self.pool_size}
 
 
-def _warn_unknown(name: str, origin: str, known: Mapping[str, object]) -> None:
+# Beaker hands over the same options for every session; finding what was meant takes longer than all else here.
+@functools.cache
+def _warn_unknown(name: str, origin: str) -> None:
+    known = [f.name for f in fields(Settings)]
     close = difflib.get_close_matches(name, [*known, *BEAKERS_OWN], n=1)
     hint = f"did you mean {origin}.{close[0]}?" if close else f"known are {', '.join(sorted(known))}"
     warnings.warn(f"{origin}.{name} is not an option of ext:tcjson; {hint}", UnknownOptionWarning, stacklevel=2)
 
 
 def read_ini(path: str | os.PathLike[str], section: str | None = None) -> dict[str, str]:
-    """The options of one section of a PasteDeploy style INI file, with ``%(here)s`` and ``[DEFAULT]`` filled in.
+    """What an application gets that PasteDeploy loads from this section: its local options over the global ones.
 
-    :param section: such as ``app:main``. By default ``app:main`` if it has ``beaker.session.url``, else the one
-        section that has.
+    The rules are those of ``paste.deploy.loadwsgi.ConfigLoader``: ``%(here)s`` is filled in; what ``[DEFAULT]`` sets, a
+    section changes by ``set name = value`` only; ``get name = other`` takes a global option; ``use`` goes on in another
+    section or, by ``config:other.ini#name``, in another file.
+
+    :param section: such as ``app:main``. By default ``app:main`` if it has ``beaker.session.url`` or goes on elsewhere,
+        else the one section that has.
     :raises ConfigurationError: there is no such file or section, or the file is not INI; the message names the place.
     """
     path = os.path.abspath(path)
-    parser = configparser.ConfigParser(
-        defaults={"here": os.path.dirname(path), "__file__": path}, delimiters=("=",), strict=True
-    )
+    try:
+        shared, local = _read_file(path, section, {})
+    except RecursionError as error:
+        raise ConfigurationError(f"{path}: following `use` comes back to where it began") from error
+    return {**shared, **local}
+
+
+def _read_file(path: str, section: str | None, outer: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The global and the local options of one section; ``outer`` are the global ones of a file that uses this one."""
+    parser = configparser.ConfigParser(defaults={**outer, "here": os.path.dirname(path), "__file__": path})
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # options are case-sensitive in PasteDeploy
     try:
         with open(path, encoding="utf-8") as file:
             parser.read_file(file)
-        chosen = section if section is not None else _section_with_url(parser, path)
-        return dict(parser.items(chosen))
+        return _read_section(parser, path, _section_with_url(parser, path) if section is None else section, outer)
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
     except configparser.NoSectionError as error:
@@ -210,9 +226,45 @@ def read_ini(path: str | os.PathLike[str], section: str | None = None) -> dict[s
         raise ConfigurationError(f"{path} is not a valid INI file: {error}") from error
 
 
+def _read_section(
+    parser: configparser.ConfigParser, path: str, section: str, outer: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    defaults = dict(parser.items(configparser.DEFAULTSECT))
+    added, taken, local = {}, {}, {}
+    for option in parser.options(section):
+        if option.startswith("set "):
+            added[option[4:].strip()] = parser.get(section, option)
+        elif option.startswith("get "):
+            taken[option[4:].strip()] = parser.get(section, option)
+        elif option not in defaults:
+            local[option] = parser.get(section, option)
+    shared = {**defaults, **outer, **added}
+    for option, source in taken.items():
+        if source not in shared:
+            raise ConfigurationError(f"{path}: [{section}] has `get {option} = {source}`, but nothing sets {source}")
+        local[option] = shared[source]
+    use = local.pop("use", "")
+    if not _goes_on(use):
+        return shared, local
+    kind = section.partition(":")[0]
+    if use.lower().startswith("config:"):
+        file, _, name = use.partition(":")[2].partition("#")
+        file = os.path.abspath(os.path.join(os.path.dirname(path), file))
+        used_shared, used_local = _read_file(file, f"{kind}:{name or 'main'}", shared)
+    else:
+        used_shared, used_local = _read_section(parser, path, f"{kind}:{use}", shared)
+    return {**used_shared, **added, "__file__": shared["__file__"]}, {**used_local, **local}
+
+
+def _goes_on(use: str) -> bool:
+    """Whether ``use`` names a section, here or in another file, and not the code of an application."""
+    scheme, colon, _ = use.partition(":")
+    return bool(use) and (not colon or scheme.lower() == "config")
+
+
 def _section_with_url(parser: configparser.ConfigParser, path: str) -> str:
-    having = [name for name in parser.sections() if any(parser.has_option(name, p + "url") for p in SESSION_PREFIXES)]
-    if DEFAULT_SECTION in having:
+    having = [name for name in parser.sections() if not URL_LINES.isdisjoint(parser.options(name))]
+    if DEFAULT_SECTION in having or _goes_on(parser.get(DEFAULT_SECTION, "use", raw=True, fallback="")):
         return DEFAULT_SECTION
     if len(having) == 1:
         return having[0]

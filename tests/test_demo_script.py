@@ -221,3 +221,30 @@ def test_a_fresh_clone_needs_nothing_but_the_script(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All as it should be" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--web-port", "99999"], "99999 is no port: give a number from 1 to 65535"),
+        (["--web-port", "0"], "0 is no port"),
+        (["--web-port", "8823"], "two processes cannot both have the port 8823"),
+    ],
+)
+def test_a_wrong_port_is_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ProcessFailed, match="choose another with --var"), Demo(tmp_path / "file", free_ports()):
+        raise AssertionError("never reached")
+
+
+def test_the_logs_are_those_of_this_run(tmp_path: Path) -> None:
+    (tmp_path / "web.log").write_text("something old")
+    with Demo(tmp_path, free_ports()) as demo:
+        assert "something old" not in demo.processes["web"].log.read_text()

@@ -268,28 +268,10 @@ def test_changes_from_many_threads_are_all_made(confirm: DocumentManager) -> Non
     assert confirm.read("n") == {"n": 80}
 
 
-def test_one_of_many_takes_a_document(confirm: DocumentManager) -> None:
-    confirm["k"] = {"secret": 1}
-    start = threading.Barrier(8)
-    taken: list[Any] = []
-
-    def take() -> None:
-        start.wait(10)
-        taken.append(confirm.take("k"))
-
-    threads = [threading.Thread(target=take) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert sorted(taken, key=bool) == [None] * 7 + [{"secret": 1}]
-
-
 def test_an_expired_document_is_absent(confirm: DocumentManager, options: dict[str, Any], store: Store) -> None:
     confirm["k"] = {"a": 1, "_expires": time.time() - 1}
     assert confirm.read("k") is None
     assert "k" not in confirm
-    assert confirm.take("k") is None
     assert confirm.keys() == []
     assert records(store, options) != {}
     confirm["k"] = {"a": 1, "_expires": time.time() + 60}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from beaker_statestore.cli import main
 from beaker_statestore.router import RouterStateStorage
+from beaker_statestore.stores import open_store
 from beaker_statestore.testing import ServerProcess, free_port
 
 
@@ -37,6 +39,13 @@ def run(tyrant_server: ServerProcess) -> Any:
         return CliRunner().invoke(main, [*arguments, *where], input=stdin)
 
     return run
+
+
+@pytest.fixture
+def ini(options: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "app.ini"
+    path.write_text(f"[app:main]\nbeaker.session.url = {options['url']}\nbeaker.session.prefix = {options['prefix']}\n")
+    return str(path)
 
 
 def on_a_terminal(*arguments: str, width: int = 80) -> str:
@@ -98,24 +107,69 @@ def test_keys_are_json_in_a_pipe_and_text_on_a_terminal(run: Any, prefix: str, t
     assert printed.splitlines() == [prefix + name for name in "abc"]
 
 
-def test_states_are_a_table_on_a_terminal(options: dict[str, Any], tmp_path: Path) -> None:
-    ini = tmp_path / "app.ini"
-    ini.write_text(f"[app:main]\nbeaker.session.url = {options['url']}\nbeaker.session.prefix = {options['prefix']}\n")
+def test_states_are_a_table_on_a_terminal(options: dict[str, Any], ini: str) -> None:
     storage = RouterStateStorage(**options)
     storage.set("news", "zed@example.com", "MEMBER")
     storage.set("news", "ada@example.com", "ERROR")
     storage.set("jazz", "zed@example.com", "CONFIRMING")
-    rows = [line.split() for line in on_a_terminal("states", "--ini", str(ini)).splitlines()]
+    rows = [line.split() for line in on_a_terminal("states", "--ini", ini).splitlines()]
     assert rows == [
         ["sender", "key", "state"],
         ["ada@example.com", "news", "ERROR"],
         ["zed@example.com", "jazz", "CONFIRMING"],
         ["zed@example.com", "news", "MEMBER"],
     ]
-    piped = CliRunner().invoke(main, ["states", "--ini", str(ini), "--state", "ERROR"]).output
+    piped = CliRunner().invoke(main, ["states", "--ini", ini, "--state", "ERROR"]).output
     assert json.loads(piped) == {"sender": "ada@example.com", "key": "news", "state": "ERROR"}
-    one = CliRunner().invoke(main, ["states", "zed@example.com", "--ini", str(ini)]).output
+    one = CliRunner().invoke(main, ["states", "zed@example.com", "--ini", ini]).output
     assert [json.loads(line)["state"] for line in one.splitlines()] == ["CONFIRMING", "MEMBER"]
+
+
+@pytest.mark.parametrize(
+    ("sender", "shown"),
+    [
+        ("mailer [/daemon] <x@y>", "mailer [/daemon] <x@y>"),
+        ("[bold]a@b", "[bold]a@b"),
+        (":smile:@b", ":smile:@b"),
+        ("\x1b]0;owned\x07@x", r"\u001b]0;owned\u0007@x"),
+        ("\x9b2J\x7f\u202e@x", r"\u009b2J\u007f\u202e@x"),
+    ],
+)
+def test_no_sender_is_obeyed_by_the_terminal(
+    options: dict[str, Any], ini: str, run: Any, prefix: str, sender: str, shown: str
+) -> None:
+    RouterStateStorage(**options).set("news", sender, "ERROR")
+    assert on_a_terminal("states", "--ini", ini).splitlines()[1].split("  ")[0] == shown
+    [piped] = run("states", "--ini", ini, url=None).output.splitlines()
+    assert piped.isprintable()
+    assert json.loads(piped) == {"sender": sender, "key": "news", "state": "ERROR"}
+
+    key = f"{prefix}{sender}"
+    open_store(options["url"]).put(key.encode(), json.dumps({"who": sender}).encode())
+    assert on_a_terminal("keys", key, "--ini", ini) == f"{prefix}{shown}\n"
+    assert json.loads(run("keys", key).output) == key
+    assert on_a_terminal("get", key, "--ini", ini) == f'{{\n  "who": "{shown}"\n}}\n'
+    assert json.loads(run("get", key).output) == {"who": sender}
+
+
+def test_a_narrow_terminal_shows_the_whole_address(options: dict[str, Any], ini: str) -> None:
+    sender = f"{'a-long-name.' * 5}@lists.example.com"
+    RouterStateStorage(**options).set("news", sender, "ERROR")
+    rows = on_a_terminal("states", "--ini", ini, width=40).splitlines()[1:]
+    assert len(rows) > 1
+    assert "".join(row.split()[0] for row in rows) == sender
+
+
+def test_keys_that_are_not_text_are_told_apart(run: Any, options: dict[str, Any], ini: str) -> None:
+    prefix = options["prefix"].encode()
+    stored = {prefix + name for name in (b"\xff", b"\\xff", b"\xfe")}
+    for key in stored:
+        open_store(options["url"]).put(key, b'{"a": 1}')
+    printed = [json.loads(line) for line in run("keys", options["prefix"]).output.splitlines()]
+    assert {k.encode() if isinstance(k, str) else base64.b64decode(k["base64"]) for k in printed} == stored
+    assert len(printed) == len(stored)
+    assert '{"base64": "..."}' in run("keys", "--help").output
+    assert json.loads(on_a_terminal("get", os.fsdecode(prefix + b"\xff"), "--ini", ini)) == {"a": 1}
 
 
 def test_a_document_is_indented_on_a_terminal(run: Any, prefix: str, tyrant_server: ServerProcess) -> None:

@@ -144,7 +144,7 @@ class Demo:
         """:raises ProcessFailed: a port is taken, or a process did not start."""
         for name, port in self.ports.items():
             _require_free(name, port)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._make_directory()
         try:
             for process in self.processes.values():
                 process.start()
@@ -159,6 +159,16 @@ class Demo:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _make_directory(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for process in self.processes.values():
+                process.log.unlink(missing_ok=True)  # of an earlier run
+        except OSError as error:
+            raise ProcessFailed(
+                f"cannot use the directory {self.directory} ({error.strerror}): choose another with --var"
+            ) from error
 
     def check(self) -> None:
         """:raises ProcessFailed: one of the processes has ended."""
@@ -188,7 +198,8 @@ def _require_free(name: str, port: int) -> None:
         by = ports.holder(port)
         raise ProcessFailed(
             f"port {port}, for the {name} process, cannot be used ({os.strerror(error.errno or 0)}"
-            f"{f'; {by} listens there' if by else ''}): free it, or choose another with --{name}-port"
+            f"{f'; {by} listens there' if by else ''}): free it, or choose another with --{name}-port "
+            "(for a second demo, another --var, too)"
         ) from error
 
 

@@ -35,12 +35,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="script/demo", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="play a conversation on free ports, and exit 0 or 1")
+    parser = argparse.ArgumentParser(
+        prog="script/demo", description="Run a web application and a mail application that share one store."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="play a conversation on free ports and in a new directory; exit 0 or 1"
+    )
     for name, port in DEFAULT_PORTS.items():
-        parser.add_argument(f"--{name}-port", type=int, default=port, metavar="PORT", help=f"default: {port}")
+        parser.add_argument(f"--{name}-port", type=_port, default=port, metavar="PORT", help=f"default: {port}")
     parser.add_argument("--var", type=Path, default=Path("var/demo"), metavar="DIRECTORY", help="default: var/demo")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    ports = [getattr(options, f"{name}_port") for name in DEFAULT_PORTS]
+    if twice := {port for port in ports if ports.count(port) > 1}:
+        parser.error(f"two processes cannot both have the port {twice.pop()}")
+    return options
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is no port: give a number from 1 to 65535")
+    return int(text)
 
 
 def _leave(*_: object) -> NoReturn:
