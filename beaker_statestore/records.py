@@ -7,6 +7,7 @@ store came from anybody, so in neither form does it reach the terminal as anythi
 from __future__ import annotations
 
 import base64
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from beaker_statestore.stores.base import Store
 __all__ = ["delete", "get", "keys", "ping", "put", "states"]
 
 DEFAULT_URL: Final = "127.0.0.1:1978"
+URL_VARIABLE: Final = "STATESTORE_URL"
 
 
 class Output:
@@ -70,13 +72,19 @@ def _shown(text: str) -> str:
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give ``command`` the options that say which store, and what they come to: ``settings``."""
 
-    @click.option("--url", envvar="STATESTORE_URL", help=f"The store.  [default: {DEFAULT_URL}]")
+    @click.option("--url", metavar="URL", help=f"The store.  [default: the variable {URL_VARIABLE}, or {DEFAULT_URL}]")
     @click.option("--ini", type=click.Path(dir_okay=False), help="Take the store from this INI file.")
+    @click.option("--section", help="The section of the INI file, if it cannot be told by itself.")
     @wraps(command)
-    def with_settings(url: str | None, ini: str | None, **arguments: Any) -> None:
+    def with_settings(url: str | None, ini: str | None, section: str | None, **arguments: Any) -> None:
         if url is not None and ini is not None:
             raise click.UsageError("--url and --ini both say which store; give one of them")
-        options = session_options(read_ini(ini)) if ini is not None else {"url": url or DEFAULT_URL}
+        if section is not None and ini is None:
+            raise click.UsageError("--section is a section of an INI file: give --ini, too")
+        if ini is not None:
+            options = session_options(read_ini(ini, section))
+        else:
+            options = {"url": url or os.environ.get(URL_VARIABLE) or DEFAULT_URL}
         command(settings=Settings.from_options(options), **arguments)
 
     return with_settings

@@ -170,8 +170,10 @@ class Settings:
             elif name not in BEAKERS_OWN:
                 _warn_unknown(name, origin)
         if values.get("url") in (None, ""):
+            of_regions = f" (a region needs its own, {origin}.<region>.url)" if origin == "beaker.cache" else ""
             raise ConfigurationError(
-                f"{origin}.url is not set: give the store's address, for example {origin}.url = 127.0.0.1:1978"
+                f"{origin}.url is not set{of_regions}: give the store's address, for example "
+                f"{origin}.url = 127.0.0.1:1978"
             )
         return cls(**values)
 

@@ -16,7 +16,7 @@ from beaker.middleware import SessionMiddleware
 from beaker.util import parse_cache_config_options
 from webtest import TestApp
 
-from beaker_statestore import namespace
+from beaker_statestore import namespace, settings
 from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError, DocumentRefusedError
 from beaker_statestore.namespace import DocumentManager, TCJSONContainer, TCJSONNamespaceManager, register
 from beaker_statestore.settings import UnknownOptionWarning
@@ -215,12 +215,18 @@ def test_a_tuple_of_the_applications_own_is_a_value(options: dict[str, Any]) -> 
     assert manager["key"] == ["a", "b", "c"]
 
 
+def test_a_region_without_a_url_of_its_own_is_told_so(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"a region needs its own, beaker\.cache\.<region>\.url"):
+        Cache("ns", type="ext:tcjson")
+
+
 def test_the_old_container_interface(options: dict[str, Any]) -> None:
     value = TCJSONContainer("key", {}, "ns", createfunc=lambda: "made", **options)
     assert value.get_value() == "made"
 
 
 def test_an_unknown_option_is_warned_about_with_a_suggestion(options: dict[str, Any]) -> None:
+    settings._warn_unknown.cache_clear()  # it warns once for each name
     with pytest.warns(UnknownOptionWarning, match=r"beaker\.cache\.pool_sise .* did you mean beaker\.cache\.pool_size"):
         TCJSONNamespaceManager("ns", pool_sise=3, **options)
 

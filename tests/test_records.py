@@ -197,3 +197,16 @@ def test_two_ways_to_say_which_store_are_one_too_many(run: Any, tmp_path: Path) 
     refused = run("ping", "--ini", str(tmp_path / "app.ini"))
     assert refused.exit_code == 2
     assert "give one of them" in refused.output
+
+
+def test_the_variable_counts_only_where_nothing_else_says_which_store(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATESTORE_URL", options["url"])
+    assert CliRunner().invoke(main, ["ping"]).exit_code == 0
+    monkeypatch.setenv("STATESTORE_URL", "127.0.0.1:1")
+    ini = tmp_path / "two.ini"
+    ini.write_text(f"[app:a]\nbeaker.session.url = {options['url']}\n[app:b]\nbeaker.session.url = 127.0.0.1:1\n")
+    assert CliRunner().invoke(main, ["ping", "--ini", str(ini), "--section", "app:a"]).exit_code == 0
+    unsure = CliRunner().invoke(main, ["ping", "--ini", str(ini)])
+    assert "say which section" in unsure.output
