@@ -765,6 +765,20 @@ def test_a_server_that_cannot_do_it_is_refused_before_it_is_asked_to(peer: Peer,
     assert peer.requests == [EXT(PROBE, b"", b"", 0)]
 
 
+def test_an_outage_while_asking_passes_and_is_not_taken_for_an_original_server(peer: Peer) -> None:
+    cas = EXT(CAS, b"k", b"packed", 0)
+    peer.script = lambda request, *_: encode_reply(request.command, Reply(STORE_FAILED))
+    with client_of(peer) as client:
+        with pytest.raises(StoreUnavailable, match=r"failed to carry out ext statestore: see") as raised:
+            client.call(cas, requires=CAS)
+        assert not isinstance(raised.value, OutcomeUnknown)
+        assert cas not in peer.requests
+        connections = peer.connections
+        peer.script = capable
+        assert client.call(cas, requires=CAS).value == b"1"
+        assert peer.connections == connections
+
+
 def test_a_break_while_asking_leaves_the_request_itself_unsent(peer: Peer) -> None:
     peer.script = lambda request, connection, number: Answer(b"", "close") if number == 1 else capable(request, 0, 0)
     with client_of(peer) as client:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -299,6 +301,72 @@ def test_a_thread_waits_for_another_writer_only_so_long(store: LMDBStore, monkey
     assert store.get(b"key") == b"first"
 
 
+#: Stands still within a transaction that writes, until it is told to go on.
+HOLDER = """
+from beaker_statestore.stores.lmdb import LMDBStore
+def hold(verbs):
+    print("writing", flush=True)
+    sys.stdin.readline()
+store = LMDBStore(sys.argv[1])
+store.apply([lambda verbs: verbs.put(b"key", b"theirs"), hold])
+print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_stalled_writer_in_another_process_is_an_outage_for_writes_only_and_passes(
+    store: LMDBStore, path: Path
+) -> None:
+    store.put(b"key", b"value")
+    with Program(HOLDER, path) as holder:
+        assert holder.line() == "writing"
+        begin = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=f"another process has been writing to {path} for too long"):
+            store.put(b"key", b"ours")
+        assert lmdbfile.STALLED <= time.monotonic() - begin < lmdbfile.STALLED + 3
+        # The others that wait are not made to wait one after another.
+        begin = time.monotonic()
+        for _ in range(100):
+            with pytest.raises(StoreUnavailable):
+                store.put(b"key", b"ours")
+        assert time.monotonic() - begin < lmdbfile.STALLED
+        assert store.get(b"key") == b"value"
+        holder.tell("go on")
+        assert holder.line() == "done"
+        assert store.get(b"key") == b"theirs"
+        store.put(b"key", b"ours")
+    assert store.get(b"key") == b"ours"
+
+
+def test_a_stalled_writer_that_is_killed_holds_up_nobody(store: LMDBStore, path: Path) -> None:
+    store.put(b"key", b"value")
+    with Program(HOLDER, path) as holder:
+        assert holder.line() == "writing"
+        holder.kill()
+        store.put(b"other", b"ours")
+    assert store.get_many([b"key", b"other"]) == {b"key": b"value", b"other": b"ours"}
+
+
+#: Writes all the time, each transaction for a third of what counts as stalled.
+BUSY = """
+import time
+from beaker_statestore.stores import lmdbfile
+from beaker_statestore.stores.lmdb import LMDBStore
+store = LMDBStore(sys.argv[1])
+for number in range(6):
+    store.apply([lambda verbs: verbs.put(b"busy", b"%d" % number), lambda verbs: time.sleep(lmdbfile.STALLED / 3)])
+    if not number:
+        print("begun", flush=True)
+"""
+
+
+def test_a_writer_waits_for_others_that_do_commit(store: LMDBStore, path: Path) -> None:
+    with Program(BUSY, path) as busy:
+        assert busy.line() == "begun"
+        store.put(b"key", b"value")
+    assert store.get(b"key") == b"value"
+
+
 def test_an_operation_cannot_catch_what_makes_its_transaction_write(store: LMDBStore) -> None:
     def careless(verbs: Verbs) -> bool:
         try:
@@ -480,7 +548,8 @@ def test_a_commit_that_fails_half_way_has_an_unknown_outcome_and_the_file_is_ope
         store.put(b"key", b"value")
         # What LMDB writes last, the page that makes a commit count, goes through a descriptor of its own.
         links = {int(link.name): os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()}
-        last = max(number for number, target in links.items() if target == str(path))
+        opened = [number for number, target in links.items() if target == str(path)]
+        last = max(number for number in opened if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
         full = os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, last)
         with pytest.raises(OutcomeUnknown, match=f"{path} failed half way"):

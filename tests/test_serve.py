@@ -16,7 +16,7 @@ import pytest
 
 from beaker_statestore import ports
 from beaker_statestore.tyrant.address import Address
-from beaker_statestore.tyrant.commands import GET, PUT, RNUM, SUCCESS, Reply
+from beaker_statestore.tyrant.commands import GET, PUT, RNUM, STORE_FAILED, SUCCESS, Reply
 from tests.serving import PATIENCE, RawClient
 
 SERVE = [sys.executable, "-m", "beaker_statestore", "serve"]
@@ -84,6 +84,37 @@ def test_it_stops_in_order_when_told_to_and_keeps_what_it_has(tmp_path: Path, nu
 def test_what_a_crash_can_lose_depends_on_the_store(tmp_path: Path, arguments: list[str], promise: str) -> None:
     with serving("--listen", "unix:s", *arguments, cwd=tmp_path) as (_, (_, second)):
         assert promise in second
+
+
+#: Stands still within a transaction that writes.
+HOLDER = """
+import sys
+from beaker_statestore.stores.lmdb import LMDBStore
+def hold(verbs):
+    print("writing", flush=True)
+    sys.stdin.read()
+LMDBStore(sys.argv[1]).apply([lambda verbs: verbs.put(b"k", b"theirs"), hold])
+"""
+
+
+def test_another_process_that_stalls_while_it_writes_stops_neither_reads_nor_the_end(tmp_path: Path) -> None:
+    with (
+        serving("--listen", "unix:s", "--db", "state.lmdb", cwd=tmp_path) as (process, _),
+        RawClient(Address(path=str(tmp_path / "s"))) as client,
+    ):
+        assert client.ask(PUT(b"k", b"v")) == [Reply(SUCCESS)]
+        with subprocess.Popen(
+            [sys.executable, "-c", HOLDER, "state.lmdb"], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as holder:
+            try:
+                assert holder.stdout is not None
+                assert holder.stdout.readline() == b"writing\n"
+                replies = client.ask(*[PUT(b"k", b"w"), GET(b"k")] * 20)
+                assert replies == [Reply(STORE_FAILED), Reply(SUCCESS, b"v")] * 20
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(5) == 0
+            finally:
+                holder.kill()
 
 
 def test_a_client_that_breaks_the_protocol_is_logged_on_request(tmp_path: Path) -> None:

@@ -13,14 +13,18 @@ from typing import TypeVar
 
 import pytest
 
-from beaker_statestore.exceptions import ConfigurationError, StoreUnavailable
+from beaker_statestore.exceptions import ConfigurationError, OutcomeUnknown, StoreUnavailable
 from beaker_statestore.stores.base import LocalStore, LocalVerbs
 from beaker_statestore.stores.lmdb import LMDBStore
 from beaker_statestore.stores.memory import MemoryStore
 from beaker_statestore.testing import ServerProcess
+from beaker_statestore.tyrant import swap
 from beaker_statestore.tyrant.address import Address
+from beaker_statestore.tyrant.client import Client, Pool
 from beaker_statestore.tyrant.commands import (
     ADDINT,
+    CAS,
+    EXT,
     FAILURE,
     GET,
     ITERINIT,
@@ -28,6 +32,8 @@ from beaker_statestore.tyrant.commands import (
     MGET,
     MISC,
     PUT,
+    PUTCAT,
+    PUTKEEP,
     PUTNR,
     REPL,
     RNUM,
@@ -513,6 +519,48 @@ def test_an_outage_of_the_store_is_not_absence_and_closes_nothing(loop: str) -> 
         ]
         store.failing = False
         assert client.ask(GET(b"k"), RNUM()) == [Reply(SUCCESS, b"v"), Reply(SUCCESS, 1)]
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_what_may_have_been_carried_out_is_neither_repeated_nor_answered(loop: str, blocking: bool) -> None:
+    class Doubtful(MemoryStore):
+        doubt = False
+
+        def apply(self, operations: Sequence[Callable[[LocalVerbs], T]]) -> list[T]:
+            results = super().apply(operations)
+            if self.doubt:
+                self.doubt = False
+                raise OutcomeUnknown("a commit failed half way")
+            return results
+
+    store = Doubtful()
+    store.blocking = blocking
+    packed = swap.pack(None, b"v")
+    with (
+        ServerThread(store, loop=loop) as server,
+        Client(Pool(server.address)) as client,
+        server.connect() as one,
+        server.connect() as another,
+        server.connect() as idle,
+    ):
+        assert idle.ask(GET(b"k")) == [Reply(FAILURE)]
+        changes = [ADDINT(b"n", 5), PUTCAT(b"k", b"x"), PUTKEEP(b"l", b""), EXT(CAS, b"m", packed, 0)]
+        for change in changes:
+            store.doubt = True
+            with pytest.raises(OutcomeUnknown):
+                client.call(change)
+        assert [store.get(key) for key in (b"n", b"k", b"l", b"m")] == [struct.pack("=i", 5), b"x", b"", b"v"]
+        store.doubt = True
+        assert client.call(GET(b"k")) == Reply(SUCCESS, b"x")
+        assert not store.doubt
+        server.catch_up()
+        with server.paused():  # so that these are one batch
+            one.send(encode_request(PUTCAT(b"k", b"y")) + encode_request(GET(b"k")))
+            another.send(encode_request(GET(b"k")))
+            store.doubt = True
+        assert one.is_closed()
+        assert another.is_closed()
+        assert idle.ask(GET(b"k")) == [Reply(SUCCESS, b"xy")]
 
 
 def test_the_server_goes_on_reading_while_a_store_syncs_that_otherwise_needs_no_disk(loop: str) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from beaker_statestore.exceptions import StoreUnavailable
+from beaker_statestore.exceptions import OutcomeUnknown, StoreUnavailable
 from beaker_statestore.stores.base import LocalStore, LocalVerbs
 from beaker_statestore.stores.lmdb import LMDBStore
 from beaker_statestore.stores.memory import MemoryStore
@@ -521,6 +521,44 @@ def test_a_failed_sync_fails_only_itself() -> None:
     replies = client.all(ADDINT(b"n", 1), SYNC(), MISC(b"sync", [], 0), ADDINT(b"n", 1))
     assert replies == [Reply(SUCCESS, 1), Reply(STORE_FAILED), Reply(STORE_FAILED, []), Reply(SUCCESS, 2)]
     assert client(ADDINT(b"n", 0)).value == 2
+
+
+class Doubtful(MemoryStore):
+    """Carries out transactions and says of those whose numbers are given, from 1, that it does not know."""
+
+    def __init__(self, *doubtful: int) -> None:
+        super().__init__()
+        self.doubtful = doubtful
+        self.transactions = 0
+
+    def apply(self, operations: Sequence[Callable[[LocalVerbs], T]]) -> list[T]:
+        self.transactions += 1
+        results = super().apply(operations)
+        if self.transactions in self.doubtful:
+            raise OutcomeUnknown("a commit failed half way")
+        return results
+
+
+def test_what_may_have_been_carried_out_is_not_tried_again() -> None:
+    store = Doubtful(1)
+    with pytest.raises(OutcomeUnknown):
+        Executor(store, 1000).execute([ADDINT(b"n", 5), PUTCAT(b"k", b"v"), PUTKEEP(b"l", b"")])
+    assert store.transactions == 1
+
+
+def test_not_even_when_each_is_tried_by_itself() -> None:
+    class Full(Doubtful):
+        def apply(self, operations: Sequence[Callable[[LocalVerbs], T]]) -> list[T]:
+            if not self.transactions:
+                self.transactions = 1
+                raise StoreUnavailable("the disk is full")
+            return super().apply(operations)
+
+    store = Full(3)
+    with pytest.raises(OutcomeUnknown):
+        Executor(store, 1000).execute([PUTCAT(b"a", b"x"), PUTCAT(b"b", b"x"), PUTCAT(b"c", b"x")])
+    assert store.transactions == 3
+    assert store.get_many([b"a", b"b", b"c"]) == {b"a": b"x", b"b": b"x"}
 
 
 class Repeating(MemoryStore):

@@ -10,7 +10,8 @@
     address space and no room on the disk, and is doubled when it must be.
 
 Beside the file there is another, with ``-lock`` behind its name. Any number of threads and processes of one machine
-may share them, but no network file system.
+may share them, but no network file system. A process that is stopped while it writes makes the writes of the others
+fail after two seconds; reads go on. (Not so a program that writes with LMDB alone: see `lmdbfile`.)
 """
 
 from __future__ import annotations

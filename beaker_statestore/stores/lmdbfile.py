@@ -2,12 +2,18 @@
 
 The rules are those of lmdb.h, section "Caveats". A file is open once per process at most, since closing it once ends
 its locks (fcntl) for all openings. What is open is not used across a fork. The map changes only while no transaction
-is under way. Several processes may share a file; each waits for the others' write transactions, without a deadline,
-as that lock is LMDB's own. It is freed when its owner dies.
+is under way.
+
+Several processes may share a file. LMDB's own lock for those who write knows no deadline, and a process that is
+stopped within a transaction keeps it. So whoever writes first takes an advisory lock of ours (flock on the data file,
+where LMDB has no locks), and waits for that with a deadline. Both are freed when their owner dies. Programs that use
+LMDB without this module know nothing of ours: one that is stopped while it writes still stops all who write here, and
+so does one that is stopped in the moment in which it begins to read.
 """
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import struct
@@ -38,8 +44,14 @@ T = TypeVar("T")
 MAX_READERS: Final = 1024
 #: How often a writer looks for readers that were killed, in seconds.
 READER_CHECK_INTERVAL: Final = 60.0
-#: How long a thread waits for the others of its process, in seconds.
+#: How long a thread waits for the others of its process, and for its turn among processes that do write, in seconds.
 PATIENCE: Final = 30.0
+#: After how many seconds without a commit another process that writes counts as stalled. A server's loop stands still
+#: meanwhile.
+STALLED: Final = 2.0
+#: How often to look whether another process has finished writing, in seconds. Often, as who looks competes with who
+#: comes back at once.
+POLL_INTERVAL: Final = 0.0005
 #: Only the owner may read: there are sessions in it.
 MODE: Final = 0o600
 
@@ -107,9 +119,17 @@ class LMDBFile:
         #: ``False`` once it is closed, or belongs to the parent process: open the path again.
         self.alive = True
         self._lmdb = _driver()
-        # LMDB's own lock knows no deadline, and keeping the threads of a process apart is cheaper here.
+        # Keeping the threads of a process apart is cheaper here, and flock would not.
         self._writing = threading.Lock()
+        #: The last commit before the one that another process did not finish in time.
+        self._stalled_after: int | None = None
         self._environment, self.database = self._open(map_size)
+        try:
+            # Locks of LMDB's are on the other file, so opening and closing this one again does no harm.
+            self._turn = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._environment.close()
+            raise StoreUnavailable(f"{path} could not be opened: {error}") from error
         try:
             # The file may have needed a larger map than was asked for.
             self._map_size: int = self._environment.info()["map_size"]
@@ -121,10 +141,10 @@ class LMDBFile:
                 self.run(self._make_ours, write=True)
                 _sync_directory(path)
         except self._lmdb.Error as error:
-            self._environment.close()
+            self.close()
             raise self._explained(error) from error
         except BaseException:
-            self._environment.close()
+            self.close()
             raise
 
     # -- opening and closing
@@ -167,15 +187,20 @@ class LMDBFile:
 
     def close(self) -> None:
         """Release the file. Only while no transaction is under way."""
-        self.alive = False
+        self.abandon()
         self._environment.close()
+
+    def abandon(self) -> None:
+        """Use it no more, and leave LMDB's part open."""
+        if self.alive:
+            self.alive = False
+            os.close(self._turn)
 
     def _lacks_pages(self) -> bool:
         last_page: int = self._environment.info()["last_pgno"]
         return os.path.getsize(self.path) < (last_page + 1) * self._environment.stat()["psize"]
 
     def _check_length(self, _txn: lmdb.Transaction[bytes]) -> None:
-        # Locks are on the other file, so opening this one again does no harm.
         with open(self.path, "rb", buffering=0) as file:
             try:
                 needed = length_in_use(file)
@@ -265,18 +290,56 @@ class LMDBFile:
             try:
                 if time.monotonic() - self._readers_checked >= READER_CHECK_INTERVAL:
                     self._free_dead_readers()
-                txn = self._environment.begin(write=True)
+                # Within the gate, so that no fork copies it while it is held.
+                self._take_turn()
                 try:
-                    result = work(txn)
-                except BaseException:
-                    txn.abort()
-                    raise
-                self._commit(txn)
-                return result
+                    txn = self._environment.begin(write=True)
+                    try:
+                        result = work(txn)
+                    except BaseException:
+                        txn.abort()
+                        raise
+                    self._commit(txn)
+                    return result
+                finally:
+                    fcntl.flock(self._turn, fcntl.LOCK_UN)
             finally:
                 gate.leave()
         finally:
             self._writing.release()
+
+    def _take_turn(self) -> None:
+        """Keep other processes from writing."""
+        if not self.alive:
+            raise StoreUnavailable(f"{self.path} has been closed by another thread")
+        if self._try_turn():
+            return
+        end = time.monotonic() + PATIENCE
+        commit: int | None = None
+        while True:
+            last: int = self._environment.info()["last_txnid"]
+            now = time.monotonic()
+            if last != commit:
+                # Once one has waited in vain, who comes next is told at once until there is another commit.
+                commit, stalled = last, now + (0 if last == self._stalled_after else STALLED)
+            if now >= min(stalled, end):
+                self._stalled_after = commit
+                raise StoreUnavailable(
+                    f"another process has been writing to {self.path} for too long; see whether one of those that "
+                    f"`fuser -v {self.path}` names is stopped"
+                )
+            time.sleep(POLL_INTERVAL)
+            if self._try_turn():
+                return
+
+    def _try_turn(self) -> bool:
+        try:
+            fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise StoreUnavailable(f"{self.path} cannot be locked: {error}") from error
+        return True
 
     def _commit(self, txn: lmdb.Transaction[bytes]) -> None:
         number = txn.id()
@@ -447,7 +510,7 @@ def _after_fork_in_child() -> None:
         if quiet:
             file.close()
         else:
-            file.alive = False
+            file.abandon()
             _abandoned.append(file)
     _open.clear()
 

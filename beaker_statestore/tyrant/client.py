@@ -173,15 +173,19 @@ class Connection:
     def capabilities(self, deadline: float) -> frozenset[bytes]:
         """The names of our own functions that the server has (see `swap`); asked once per connection.
 
-        An original server has none, unless somebody gave it a script.
+        An original server has none, unless somebody gave it a script that answers the probe.
 
         :raises NotSentError: the connection failed.
+        :raises StoreUnavailable: the store behind the server failed, so that it could not say; ask again later.
         """
         if self._capabilities is None:
+            probe = EXT(PROBE, b"", b"", 0)
             try:
-                ((status, names),) = self.call([EXT(PROBE, b"", b"", 0)], deadline)
+                ((status, names),) = self.call([probe], deadline)
             except StoreUnavailable as error:
                 raise NotSentError(str(error)) from error
+            if status == STORE_FAILED:
+                raise _store_failed(self.address, probe)
             self._capabilities = frozenset(names.split() if status == SUCCESS else ())
         return self._capabilities
 
@@ -273,6 +277,12 @@ class Connection:
         """Close it, in this process. What has been sent is still delivered."""
         self.closed = True
         self._socket.close()
+
+
+def _store_failed(address: Address, request: Request) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"the store behind the Tyrant server at {address} failed to carry out {_name(request)}: see the server's log"
+    )
 
 
 def _name(request: Request) -> str:
@@ -434,10 +444,7 @@ class Client:
         """
         (reply,) = self.pipeline([request], requires=requires)
         if reply.status == STORE_FAILED:
-            raise StoreUnavailable(
-                f"the store behind the Tyrant server at {self.pool.address} failed to carry out {_name(request)}: "
-                "see the server's log"
-            )
+            raise _store_failed(self.pool.address, request)
         return reply
 
     def pipeline(self, requests: Sequence[Request], *, requires: bytes | None = None) -> list[Reply]:
@@ -481,8 +488,7 @@ class Client:
 def _unsupported(address: Address, function: bytes) -> ConfigurationError:
     return ConfigurationError(
         f"the server at {address} is an original ttserver without our function {function.decode()!r}: run "
-        "`statestore serve` in its place. (Using original servers through a script of ours, statestore.lua, comes in "
-        "a later version.)"
+        "`statestore serve` in its place, or give it a script that has the function"
     )
 
 

@@ -25,8 +25,8 @@ MAX_NAME: Final = 1023
 #: Reply status of success and, of the original, of every failure.
 SUCCESS: Final = 0
 FAILURE: Final = 1
-#: Our server's answer when its store failed, where `FAILURE` would read as "no record". Any client that knows only
-#: the original takes every status but 0 for failure, as it should.
+#: Our server's answer when its store failed and did nothing, where `FAILURE` would read as "no record". Any client that
+#: knows only the original takes every status but 0 for failure, as it should.
 STORE_FAILED: Final = 2
 
 

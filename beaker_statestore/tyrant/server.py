@@ -5,7 +5,8 @@ disk does so in a thread, while the next batch collects; then one wait serves ma
 
 Whatever clients do costs bounded time and memory. A connection is not read while its own requests wait, nor carried
 on while its replies are not read; it is closed when it leaves a request unfinished, or a reply unread, for too long,
-or when it holds the most memory and all together hold too much. Behind a malformed request nothing is executed.
+or when it holds the most memory and all together hold too much. Behind a malformed request nothing is executed. When
+the store cannot tell whether it has carried out a batch, those who are waiting for it are closed without an answer.
 
 What commands mean is known to `verbs`, what bytes mean to `wire`; nothing here knows the client.
 """
@@ -14,14 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
 from beaker_statestore import observe
-from beaker_statestore.exceptions import ProtocolError
+from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.commands import Body, Request
@@ -164,9 +165,22 @@ class Server:
             self._settle(taken, requests, [])
         elif self._blocking or any(map(waits_for_disk, requests)):
             batch = self._loop.run_in_executor(self._thread, self._executor.execute, requests)
-            batch.add_done_callback(lambda done: self._settle(taken, requests, done.result()))
+            batch.add_done_callback(lambda done: self._conclude(taken, requests, done.result))
         else:
-            self._settle(taken, requests, self._executor.execute(requests))
+            self._conclude(taken, requests, lambda: self._executor.execute(requests))
+
+    def _conclude(
+        self, taken: list[tuple[_Connection, int]], requests: list[Request], replies: Callable[[], list[bytes]]
+    ) -> None:
+        """Hand out what ``replies`` answers; where it cannot, leave nobody who asked with an answer."""
+        try:
+            known = replies()
+        except OutcomeUnknown as error:
+            for connection, count in taken:
+                if count:
+                    connection.abort(f"whether its requests were carried out is unknown: {error}")
+            taken, requests, known = [(connection, 0) for connection, count in taken if not count], [], []
+        self._settle(taken, requests, known)
 
     def _settle(self, taken: list[tuple[_Connection, int]], requests: list[Request], replies: list[bytes]) -> None:
         """Hand out ``replies``, and give back the ``requests`` behind the last one that has been carried out."""

@@ -1,8 +1,8 @@
 """compare_and_swap as it travels on the Tyrant wire: ``ext("cas", key, packed)``.
 
-The packing is part of the protocol, also spoken by ``statestore.lua`` in an original ttserver: one byte of flags (bit
-0: an expected value follows, bit 1: a new value follows), the length of the expected value (4 bytes, big-endian; 0
-without one), the expected value, the new value. The reply is ``1`` when the record was as expected and has been
+The packing is part of the protocol, so that a script for an original ttserver can speak it too: one byte of flags
+(bit 0: an expected value follows, bit 1: a new value follows), the length of the expected value (4 bytes, big-endian;
+0 without one), the expected value, the new value. The reply is ``1`` when the record was as expected and has been
 replaced, ``0`` when it was otherwise; anything else is a failure.
 
 The probe, ``ext("statestore", "", "")``, has no effect and answers the names of the functions that the server has,

@@ -25,7 +25,7 @@ from itertools import islice, takewhile
 from typing import Any, Final, NamedTuple
 
 from beaker_statestore import observe
-from beaker_statestore.exceptions import ProtocolError, StateStoreError
+from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError, StateStoreError
 from beaker_statestore.stores.base import LocalStore, LocalVerbs
 from beaker_statestore.tyrant import commands, ere, paging, swap
 from beaker_statestore.tyrant.commands import FAILURE, STORE_FAILED, SUCCESS, Command, Reply, Request
@@ -80,14 +80,20 @@ class Executor:
         self._misses: Counter[Command] = Counter()
 
     def execute(self, requests: Sequence[Request]) -> list[bytes]:
-        """Carry out the first of ``requests`` and answer their replies; never raises.
+        """Carry out the first of ``requests`` and answer their replies.
 
         Not all of them when the replies become long; the others are to be given again. What the store fails to do is
         answered with `STORE_FAILED`. If all together fail, each is tried by itself, so that one that cannot be done
         (a write, when the disk is full) does not fail its neighbours.
+
+        :raises OutcomeUnknown: some may have been carried out, and must not be tried again. Nothing is known about any
+            of ``requests``, and no reply would be true.
         """
         try:
             return self._attempt(requests)
+        except OutcomeUnknown as error:
+            _report(error)
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it was, each client gets an answer
             _report(error)
         replies: list[bytes] = []
@@ -95,6 +101,9 @@ class Executor:
         for request in requests:
             try:
                 replies += self._attempt([request])
+            except OutcomeUnknown as error:
+                _report(error)
+                raise
             except Exception as error:  # noqa: BLE001 - as above
                 _report(error)
                 replies.append(encode_reply(request.command, Reply(STORE_FAILED)))
