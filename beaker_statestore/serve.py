@@ -48,8 +48,8 @@ _OTHER_FILES: Final = 64
 @click.option(
     "--sync",
     type=click.Choice(["always", "os"]),
-    help="For LMDB: write to the disk before each answer, or let the system choose when. No death of the process "
-    "loses anything either way, but then a power cut can.",
+    help="For LMDB: when a change is written to the disk, before it is answered or when the system chooses. The death "
+    "of the server loses nothing either way; a power cut loses nothing only with always.  [default: os]",
 )
 @click.option("--allow-remote", is_flag=True, help="Permit --listen at addresses that other machines can reach.")
 @click.option(
