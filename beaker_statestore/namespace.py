@@ -57,12 +57,10 @@ class DocumentManager(NamespaceManager):
 
     def __init__(self, namespace: str | None, *, kind: str, **options: Any) -> None:
         super().__init__(namespace)
-        self.settings = Settings.from_options(options, origin=self._origin(options))
+        origin = "beaker.cache" if kind == "cache" else "beaker.session"
+        self.settings = Settings.from_options(options, origin=origin)
         self.store = open_store(self.settings.url, **self.settings.timing)
         self.records = keys.Namespace(self.settings.prefix, kind, namespace)
-
-    def _origin(self, options: dict[str, Any]) -> str:
-        return "beaker.session"
 
     def read(self, key: str | None) -> Document | None:
         """The document under ``key``; None when there is none or its ``_expires`` has passed."""
@@ -110,12 +108,8 @@ class DocumentManager(NamespaceManager):
 
         Each key that is there all the time comes at least once. Not for hot paths.
         """
-        cursor: bytes | None = None
-        while True:
-            page, cursor = self.store.scan(self.records.scan_prefix, cursor)
+        for page in self.store.pages(self.records.scan_prefix):
             yield [self.records.key(record) for record in page]
-            if cursor is None:
-                return
 
     # Beaker's interface
 
@@ -151,12 +145,8 @@ class DocumentManager(NamespaceManager):
 
     def do_remove(self) -> None:
         """Remove the documents of this namespace, and nothing else."""
-        cursor: bytes | None = None
-        while True:
-            page, cursor = self.store.scan(self.records.scan_prefix, cursor)
+        for page in self.store.pages(self.records.scan_prefix):
             self.store.delete_many(page)
-            if cursor is None:
-                return
 
     def get_creation_lock(self, key: Any) -> Any:
         """A lock for making one cache value, shared by the threads of this process."""
@@ -202,9 +192,6 @@ class TCJSONNamespaceManager(DocumentManager):
             if serves_session
             else None
         )
-
-    def _origin(self, options: dict[str, Any]) -> str:
-        return "beaker.session" if _comes_from_session(options) else "beaker.cache"
 
     def __contains__(self, key: Any) -> bool:
         if self._session is not None and key == SESSION_KEY:

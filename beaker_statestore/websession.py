@@ -35,13 +35,14 @@ def make_filter(app: WSGIApplication, settings: Mapping[str, Any]) -> WSGIApplic
     """``app`` with a session in ``environ["beaker.session"]``, and a 503 when the store fails.
 
     :param settings: an application's settings, of which the ``beaker.session.*`` are used; as the type,
-        ``ext:tcjson`` is the default.
+        ``ext:tcjson`` is the default, and the options of another are left to Beaker.
     :raises ConfigurationError: an option is wrong or missing, or contradicts another.
     """
     options = {name: value for name, value in settings.items() if name.startswith(SESSION_PREFIXES)}
-    if not any(prefix + "type" in options for prefix in SESSION_PREFIXES):
-        options["beaker.session.type"] = "ext:tcjson"
     chosen = session_options(options)
+    if chosen.setdefault("type", "ext:tcjson") != "ext:tcjson":
+        return OutageFilter(SessionMiddleware(app, options))
+    options["beaker.session.type"] = "ext:tcjson"
     serializer = chosen.get("data_serializer", "pickle")
     if serializer in ("pickle", "json"):
         if chosen.get("serializer", serializer) != serializer:
@@ -56,7 +57,7 @@ def make_filter(app: WSGIApplication, settings: Mapping[str, Any]) -> WSGIApplic
             "them: whoever can write to the store could run code. Leave the option out, and pip install cryptography"
         )
     # Whatever is wrong is better said when the application starts than to its first visitor.
-    checked = Settings.from_options(session_options(options))
+    checked = Settings.from_options(chosen)
     open_store(checked.url, **checked.timing)
     _keep_session_ids_out_of_warnings()
     return OutageFilter(SessionMiddleware(app, options))

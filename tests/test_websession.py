@@ -187,6 +187,11 @@ def test_what_is_wrong_is_said_when_the_application_starts(
         make_filter(counting, {**settings, **changed})
 
 
+def test_another_back_end_is_left_to_beaker() -> None:
+    browser = TestApp(make_filter(counting, {"session.type": "memory"}))
+    assert [browser.get("/visit").text for _ in range(2)] == ["nobody 1", "nobody 2"]
+
+
 def test_the_filter_is_a_paste_filter(faulty: FaultyStore) -> None:
     application = filter_app_factory(counting, {}, **{"beaker.session.url": faulty})
     assert TestApp(application).get("/visit").text == "nobody 1"

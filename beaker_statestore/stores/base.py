@@ -102,14 +102,22 @@ class Verbs(ABC):
         path may use this. ``limit`` (1 or more) is how many keys a page has at most.
         """
 
-    def keys(self, prefix: bytes = b"") -> Iterator[bytes]:
-        """All keys that begin with ``prefix``, page after page, with the promises of `scan`."""
+    def pages(self, prefix: bytes = b"") -> Iterator[list[bytes]]:
+        """All keys that begin with ``prefix``, a list for each page, with the promises of `scan`.
+
+        What is done to the records of a page before the next one is asked for does no harm.
+        """
         cursor: bytes | None = None
         while True:
             page, cursor = self.scan(prefix, cursor)
-            yield from page
+            yield page
             if cursor is None:
                 return
+
+    def keys(self, prefix: bytes = b"") -> Iterator[bytes]:
+        """All keys that begin with ``prefix``, with the promises of `scan`."""
+        for page in self.pages(prefix):
+            yield from page
 
     @abstractmethod
     def count(self) -> int:
