@@ -8,6 +8,8 @@ mean "make a new session" (beaker.session.Session.load).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class StateStoreError(Exception):
     """Whatever this package raises on purpose."""
@@ -47,6 +49,18 @@ class SessionUnavailable(StoreUnavailable):
 
 class ContentionError(StoreUnavailable):
     """Others kept changing the record for as long as we were willing to try."""
+
+
+class ConflictError(StateStoreError):
+    """Somebody else has changed the same fields meanwhile, and the caller asked not to overwrite that.
+
+    Nothing was written. Load again, look, and decide.
+    """
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        super().__init__(f"another request has changed {', '.join(map(repr, fields))} meanwhile; nothing was written")
+        #: The names of these fields.
+        self.fields = tuple(fields)
 
 
 class ProtocolError(StateStoreError):

@@ -27,6 +27,7 @@ __all__ = [
     "Namespace",
     "escape",
     "escape_field",
+    "is_session_id",
     "kind_prefix",
     "unescape",
     "validate_prefix",
@@ -129,12 +130,14 @@ class Namespace:
     :param prefix: keeps applications apart that share a store; see `validate_prefix`.
     :param kind: one of `KINDS`.
     :param name: the namespace; of a session its id. None for the states of mail senders, and only for them.
+    :param hash_ids: whether a session's id shows up only as its hash.
     :raises ConfigurationError: these do not fit each other.
     """
 
     prefix: str
     kind: str
     name: str | None
+    hash_ids: bool = False
     #: What all record keys of this namespace begin with, and no others.
     scan_prefix: bytes = field(init=False)
 
@@ -144,7 +147,7 @@ class Namespace:
             raise ConfigurationError(f"records of kind {self.kind!r} cannot be in the namespace {self.name!r}")
         if self.name is not None:
             # All forms of a session's id are such that none begins with another, so that it needs no colon behind it.
-            part = _session_part(self.name) if self.kind == "session" else escape(self.name) + ":"
+            part = _session_part(self.name, self.hash_ids) if self.kind == "session" else escape(self.name) + ":"
             start += part.encode("utf-8")
         object.__setattr__(self, "scan_prefix", start)
 
@@ -178,8 +181,16 @@ class Namespace:
         return None if text == _NONE else unescape(text)
 
 
-def _session_part(session_id: str) -> str:
-    """Ids come from cookies, that is from anybody; one that Beaker cannot have made shows up as its hash only."""
-    if _SESSION_ID.fullmatch(session_id):
+def is_session_id(text: str) -> bool:
+    """Whether Beaker can have made this id (uuid.uuid4().hex); any other was chosen by a client."""
+    return _SESSION_ID.fullmatch(text) is not None
+
+
+def _session_part(session_id: str, hashed: bool) -> str:
+    """Ids come from cookies, that is from anybody; one that Beaker cannot have made shows up as its hash only.
+
+    An id has 122 random bits, so its hash needs neither salt nor secret.
+    """
+    if not hashed and is_session_id(session_id):
         return session_id
     return "sha256-" + hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()

@@ -18,6 +18,7 @@ from beaker.crypto import get_crypto_module
 from beaker.synchronization import mutex_synchronizer
 
 from beaker_statestore import documents, keys, observe
+from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import EXPIRES, Document
 from beaker_statestore.exceptions import (
     ConfigurationError,
@@ -60,11 +61,13 @@ class DocumentManager(NamespaceManager):
         origin = "beaker.cache" if kind == "cache" else "beaker.session"
         self.settings = Settings.from_options(options, origin=origin)
         self.store = open_store(self.settings.url, **self.settings.timing)
-        self.records = keys.Namespace(self.settings.prefix, kind, namespace)
+        self.codec = DocumentCodec.of(self.settings)
+        self.records = keys.Namespace(self.settings.prefix, kind, namespace, self.settings.hash_ids)
 
     def read(self, key: str | None) -> Document | None:
         """The document under ``key``; None when there is none or its ``_expires`` has passed."""
-        return self._open(self.store.get(self.records.record(key)))
+        record = self.records.record(key)
+        return self.codec.current(self.store.get(record), record)
 
     def modify(self, key: str | None, function: Callable[[Document | None], Document | None]) -> Document | None:
         """Replace the document under ``key`` by what ``function`` makes of it, atomically, and answer the new one.
@@ -73,17 +76,18 @@ class DocumentManager(NamespaceManager):
             empty one to remove it. It is called again when somebody else was quicker, so it must have no side
             effects.
         """
+        record = self.records.record(key)
 
         def on_bytes(current: bytes | None) -> bytes | None:
-            before = self._open(current)
+            before = self.codec.current(current, record)
             after = function(before)
             if not after:
                 return None
-            if current is not None and before is not None and documents.same(after, documents.decode(current)):
+            if current is not None and before is not None and documents.same(after, self.codec.decode(current, record)):
                 return current
             return self._encode(key, after)
 
-        return self._open(self.store.modify(self.records.record(key), on_bytes, expires_at=documents.expires_at))
+        return self.codec.current(self.store.modify(record, on_bytes, expires_at=documents.expires_at), record)
 
     def read_many(self, keys: Iterable[str | None]) -> dict[str | None, Document]:
         """The documents of those of ``keys`` that have one, all read together.
@@ -94,7 +98,7 @@ class DocumentManager(NamespaceManager):
         found = {}
         for record, data in self.store.get_many(wanted).items():
             try:
-                document = self._open(data)
+                document = self.codec.current(data, record)
             except DocumentDamagedError as error:
                 observe.count("documents.damaged")
                 log.warning("passed over %s: %s", record.decode("utf-8", "backslashreplace"), error)
@@ -156,15 +160,8 @@ class DocumentManager(NamespaceManager):
         """A key of the dictionary interface as `read` and the others take it."""
         return key
 
-    def _open(self, data: bytes | None) -> Document | None:
-        if data is None:
-            return None
-        document = documents.decode(data)
-        return None if documents.is_expired(document, time.time()) else document
-
     def _encode(self, key: str | None, document: Document) -> bytes:
-        root = f"{self.records.kind}[{key!r}]"
-        return documents.encode(document, root=root, max_bytes=self.settings.max_value)
+        return self.codec.encode(document, self.records.record(key), f"{self.records.kind}[{key!r}]")
 
 
 class TCJSONNamespaceManager(DocumentManager):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from beaker_statestore import documents, observe, payloads
+from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import ACCESSED, CREATED, EXPIRES, OPAQUE, RESERVED, SERIALIZER, Document
 from beaker_statestore.exceptions import DocumentDamagedError, DocumentRefusedError, OutcomeUnknown
 from beaker_statestore.payloads import Form
@@ -41,6 +42,7 @@ class SessionRecord:
         self._store = store
         self._key = key
         self._settings = settings
+        self._codec = DocumentCodec.of(settings)
         self._timeout = timeout
         # What the application was given at load, and what it last saw or wrote; None: no session was there.
         self._loaded: Document | None = None
@@ -180,12 +182,12 @@ class SessionRecord:
     def _encode(self, document: Document, form: Form | None) -> bytes:
         if form is not None:
             document = {**document, SERIALIZER: form}
-        return documents.encode(document, root="session", max_bytes=self._settings.max_value)
+        return self._codec.encode(document, self._key, "session")
 
     def _open(self, data: bytes | None, *, though_expired: bool = False) -> Document | None:
         if data is None:
             return None
-        document = documents.decode(data)
+        document = self._codec.decode(data, self._key)
         return document if though_expired or not documents.is_expired(document, time.time()) else None
 
     def _opaque(self, ciphertext: Any) -> str:

@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -69,6 +70,10 @@ BEAKERS_OWN: Final = frozenset(
 )
 
 
+#: The least characters of a secret, 128 bits in hexadecimal digits.
+SHORTEST_SECRET: Final = 32
+
+
 class UnknownOptionWarning(UserWarning):
     """An option that nobody reads; most likely a typing mistake."""
 
@@ -98,6 +103,14 @@ def _seconds(value: object) -> float:
     return seconds
 
 
+def _seconds_or_none(value: object) -> float | None:
+    return None if value in (None, "") else _seconds(value)
+
+
+def _seconds_or_zero(value: object) -> float:
+    return 0.0 if str(value).strip() in ("0", "0.0") else _seconds(value)
+
+
 def _positive(value: object) -> int:
     try:
         number = int(str(value))
@@ -112,6 +125,41 @@ def _serializer(value: object) -> str | None:
     if value in (None, "", "pickle", "json"):
         return str(value) if value else None
     raise ValueError("write pickle or json, as for Beaker's data_serializer")
+
+
+def _one_of(*words: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        word = str(value).strip().lower()
+        if word not in words:
+            raise ValueError(f"write {', '.join(words[:-1])} or {words[-1]}")
+        return word
+
+    return parse
+
+
+def _words(value: object) -> tuple[str, ...]:
+    """A list, or text with blanks, commas or line ends between its words."""
+    words = re.split(r"[\s,]+", value) if isinstance(value, str) else map(str, value or ())  # type: ignore[call-overload]
+    return tuple(dict.fromkeys(word for word in words if word))
+
+
+def _fields(value: object) -> tuple[str, ...]:
+    names = _words(value)
+    for name in names:
+        if name.startswith("_"):
+            raise ValueError(f"{name} is a field of Beaker's or of ours; name the application's own, such as user")
+    return names
+
+
+def _secrets(value: object) -> tuple[str, ...]:
+    secrets = _words(value)
+    for number, secret in enumerate(secrets, 1):
+        if len(secret) < SHORTEST_SECRET:
+            raise ValueError(
+                f"key {number} has {len(secret)} characters, at least {SHORTEST_SECRET} are needed; make one by "
+                "python3 -c 'import secrets; print(secrets.token_hex(32))'"
+            )
+    return secrets
 
 
 def _prefix(value: object) -> str:
@@ -147,6 +195,27 @@ class Settings:
     serializer: str | None = _option(_serializer, None)
     #: The application uses Beaker's ``encrypt_key``: store what cannot be read, and do not merge it.
     encrypted: bool = _option(_flag, False)
+    #: What becomes of a save that changes a key which another request has changed meanwhile: ``last``, it wins;
+    #: ``raise``, it raises `ConflictError` and writes nothing.
+    conflict: str = _option(_one_of("last", "raise"), "last")
+    #: Whether to insist on a store that can compare and swap. Without it, an original ttserver will do.
+    atomic: bool = _option(_flag, True)
+    #: A session's time of access is written when it is this much older, in seconds; never more than a tenth of the
+    #: timeout. So a session may end that much early.
+    touch_interval: float = _option(_seconds_or_zero, 60.0)
+    #: How long after its creation a session ends, however much it is used, in seconds; None: never.
+    max_lifetime: float | None = _option(_seconds_or_none, None)
+    #: Keep only hashes of session ids in the store, so that nobody can use what he reads there as a cookie.
+    hash_ids: bool = _option(_flag, False)
+    #: The sessions' top-level keys by whose values sessions can be found (`beaker_statestore.sessions`).
+    index: tuple[str, ...] = _option(_fields, ())
+    #: Secrets to encrypt every document with: the first encrypts, all decrypt. None: documents are stored in the clear.
+    store_key: tuple[str, ...] = field(default=(), metadata={"parse": _secrets}, repr=False)
+    #: What becomes of what JSON does not have: ``strict``, it is refused; ``tagged``, it is stored as
+    #: ``{"$datetime": ...}`` and the like; ``warn``, the same, and each kind is logged.
+    types: str = _option(_one_of("strict", "tagged", "warn"), "strict")
+    #: How long the lock for making a cache entry stands when its holder is heard of no more, in seconds.
+    creation_lease: float = _option(_seconds, 60.0)
     #: The largest document, in bytes.
     max_value: int = _option(_positive, 1024 * 1024)
     #: How long a cache entry stays behind its expiry, in seconds, for Beaker to serve while it is made anew.
@@ -166,7 +235,8 @@ class Settings:
                 try:
                     values[name] = parsers[name](value)
                 except ValueError as error:
-                    raise ConfigurationError(f"{origin}.{name} is {value!r}: {error}") from error
+                    shown = "not usable" if name == "store_key" else repr(value)
+                    raise ConfigurationError(f"{origin}.{name} is {shown}: {error}") from error
             elif name not in BEAKERS_OWN:
                 _warn_unknown(name, origin)
         if values.get("url") in (None, ""):
@@ -180,7 +250,12 @@ class Settings:
     @property
     def timing(self) -> dict[str, Any]:
         """What `beaker_statestore.stores.open_store` takes besides the URL."""
-        return {"connect_timeout": self.connect_timeout, "timeout": self.deadline, "pool_size": self.pool_size}
+        return {
+            "connect_timeout": self.connect_timeout,
+            "timeout": self.deadline,
+            "pool_size": self.pool_size,
+            "atomic": self.atomic,
+        }
 
 
 # Beaker hands over the same options for every session; finding what was meant takes longer than all else here.

@@ -39,7 +39,7 @@ LAYERS = [
         ["tyrant.listening"],
     ],
     [["stores.tyrant"], ["tyrant.pytyrant"], ["tyrant.server"], ["stores"]],
-    [["sessionrecord", "namespace", "router"], ["websession"]],
+    [["codec", "sessionrecord", "namespace", "router"], ["websession"]],
     [["testing.processes", "testing.conformance", "testing.faults", "testing"], ["serve"], ["records"]],
     [["cli", "__main__"]],
 ]

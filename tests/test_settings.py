@@ -165,4 +165,4 @@ def test_an_unknown_option_is_told_once() -> None:
 
 def test_timing_is_what_a_store_is_opened_with() -> None:
     settings = Settings.from_options({"url": "h", "connect_timeout": "1", "deadline": "3", "pool_size": "4"})
-    assert settings.timing == {"connect_timeout": 1.0, "timeout": 3.0, "pool_size": 4}
+    assert settings.timing == {"connect_timeout": 1.0, "timeout": 3.0, "pool_size": 4, "atomic": True}

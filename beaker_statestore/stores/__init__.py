@@ -33,7 +33,14 @@ _stores: dict[tuple[object, ...], Store] = {}
 _lock = threading.Lock()
 
 
-def open_store(url: str | Store, *, connect_timeout: float = 2.0, timeout: float = 5.0, pool_size: int = 16) -> Store:
+def open_store(
+    url: str | Store,
+    *,
+    connect_timeout: float = 2.0,
+    timeout: float = 5.0,
+    pool_size: int = 16,
+    atomic: bool = True,
+) -> Store:
     """The store that ``url`` names: one shared instance for all who ask with the same arguments in this process.
 
     Nothing is connected or opened until the store is first used, so this may be called before a fork. A store that
@@ -50,6 +57,7 @@ def open_store(url: str | Store, *, connect_timeout: float = 2.0, timeout: float
     :param connect_timeout: how long connecting may take, in seconds (network stores).
     :param timeout: how long one call may take, in seconds (network stores).
     :param pool_size: how many connections are kept at most (network stores).
+    :param atomic: whether to refuse an original ttserver that has no ``statestore.lua`` (Tyrant servers).
     :raises ConfigurationError: the URL is not understood. Passwords in it are not shown.
     :raises MissingDriverError: the engine needs a package that is not installed; the message says how to install it.
     """
@@ -57,10 +65,10 @@ def open_store(url: str | Store, *, connect_timeout: float = 2.0, timeout: float
         return url
     full = _full_url(url)
     store_class = _store_class(full)
-    timing = {"connect_timeout": connect_timeout, "timeout": timeout, "pool_size": pool_size}
+    timing = {"connect_timeout": connect_timeout, "timeout": timeout, "pool_size": pool_size, "atomic": atomic}
     # What happens on a network concerns no local store: it must be the same one whatever the caller's patience.
     local = issubclass(store_class, LocalStore)
-    key = (full,) if local else (full, connect_timeout, timeout, pool_size)
+    key = (full,) if local else (full, connect_timeout, timeout, pool_size, atomic)
     with _lock:
         store = _stores.get(key)
         if store is None or store.closed:

@@ -71,6 +71,7 @@ class TyrantStore(Store):
         connect_timeout: float = DEFAULT_CONNECT_TIMEOUT,
         timeout: float = DEFAULT_TIMEOUT,
         pool_size: int = DEFAULT_POOL_SIZE,
+        atomic: bool = True,
     ) -> TyrantStore:
         """The store that ``url`` names. No connection is made yet.
 
