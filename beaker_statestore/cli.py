@@ -1,4 +1,4 @@
-"""The ``statestore`` command: gathers the subcommands, which are in `serve` and `records`, and reports errors."""
+"""The ``statestore`` command: gathers the subcommands (`serve`, `records`, `sweep`), and reports errors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from beaker_statestore import __version__, records
+from beaker_statestore import __version__, records, who
 from beaker_statestore.exceptions import StateStoreError
 from beaker_statestore.serve import serve
+from beaker_statestore.sweep import sweep
 
 __all__ = ["main"]
 
@@ -29,5 +30,16 @@ def main() -> None:
     """Shared state for web and mail applications, in a Tokyo Tyrant server."""
 
 
-for command in (serve, records.ping, records.keys, records.get, records.put, records.delete, records.states):
+for command in (
+    serve,
+    records.ping,
+    records.keys,
+    records.get,
+    records.put,
+    records.delete,
+    records.states,
+    who.who,
+    who.revoke,
+    sweep,
+):
     main.add_command(command)

@@ -27,18 +27,27 @@ __all__ = [
     "MAX_DEPTH",
     "OPAQUE",
     "RESERVED",
+    "REVOKED",
+    "SEALED",
     "SERIALIZER",
     "Document",
     "Merge",
+    "Refused",
+    "TooLarge",
+    "Walk",
     "decode",
     "difference",
     "encode",
     "expires_at",
     "is_expired",
     "merge",
+    "name_of",
+    "name_of_type",
     "normalize",
+    "qualified",
     "refuse_reserved",
     "same",
+    "shortened",
 ]
 
 #: One JSON object: str -> None, bool, int, float, str, list or dict of these.
@@ -50,8 +59,12 @@ EXPIRES: Final = "_expires"
 SERIALIZER: Final = "_serializer"
 #: A payload that nobody here can read, instead of the session's fields.
 OPAQUE: Final = "_opaque"
+#: A whole document encrypted by ``store_key`` (`sealing`), beside nothing but `EXPIRES`.
+SEALED: Final = "_sealed"
+#: Stands for a session that was ended from elsewhere, against requests that had loaded it before; a random token.
+REVOKED: Final = "_revoked"
 #: The fields of ours; applications cannot have their own of these names.
-RESERVED: Final = frozenset({EXPIRES, SERIALIZER, OPAQUE})
+RESERVED: Final = frozenset({EXPIRES, SERIALIZER, OPAQUE, REVOKED, SEALED})
 
 #: Beaker's own fields in a session, in epoch seconds (beaker.session.Session.load).
 ACCESSED: Final = "_accessed_time"
@@ -144,25 +157,28 @@ def encode(document: Document, root: str = "document", max_bytes: int = MAX_BYTE
     return data
 
 
-def normalize(document: Document, root: str = "document", max_bytes: int = MAX_BYTES) -> Document:
+def normalize(
+    document: Document, root: str = "document", max_bytes: int = MAX_BYTES, walk: type[Walk] | None = None
+) -> Document:
     """A copy of ``document`` that shares no list or dict with it and holds nothing but JSON values.
 
     Tuples become lists, as in Beaker's own JSON serializer. Everything else that would come back as something else is
     refused, subclasses of JSON's types too (a ``Markup`` that came back as a str would be escaped, an ``OrderedDict``
     would lose its methods).
 
+    :param walk: lets more through than strict JSON, as `beaker_statestore.tagged` does.
     :raises ValueTooLargeError: it would be longer than ``max_bytes``, as far as can be told without encoding it.
     :raises DocumentRefusedError: there is something in it that JSON cannot hold; the message names the place.
     """
     if type(document) is not dict:
-        raise DocumentRefusedError(f"{root} is {_name_of(document)}; it has to be a dict")
+        raise DocumentRefusedError(f"{root} is {name_of(document)}; it has to be a dict")
+    walk = walk or Walk
     try:
-        copy: Document = _Walk(max_bytes).copy(document, MAX_DEPTH)
-    except _Refused as refused:
+        return Walk.copy_dict(walk(max_bytes), document, MAX_DEPTH)
+    except Refused as refused:
         raise DocumentRefusedError(refused.message(root)) from None
-    except _TooLarge:
-        _refuse_size(document, root, None, max_bytes)
-    return copy
+    except TooLarge:
+        _refuse_size(document, root, None, max_bytes, walk)
 
 
 def refuse_reserved(document: Mapping[str, Any], root: str = "session") -> None:
@@ -174,11 +190,11 @@ def refuse_reserved(document: Mapping[str, Any], root: str = "session") -> None:
         raise DocumentRefusedError(f"{root}[{name!r}] is a name that the store uses itself; give it another one")
 
 
-class _TooLarge(Exception):  # noqa: N818 - never leaves this module
+class TooLarge(Exception):  # noqa: N818 - never leaves `normalize`
     """The document's text would be longer than allowed."""
 
 
-class _Refused(Exception):  # noqa: N818 - never leaves this module
+class Refused(Exception):  # noqa: N818 - never leaves `normalize`
     """What was found. The way to it is noted while the walk unwinds, so that a walk that succeeds pays nothing."""
 
     def __init__(self, what: str, *, too_deep: bool = False) -> None:
@@ -194,7 +210,8 @@ class _Refused(Exception):  # noqa: N818 - never leaves this module
                 self.steps.clear()
                 return
             self._passed.add(id(container))
-        self.steps.append(f"[{_shortened(step)}]")
+        # The members of a set have no place in it.
+        self.steps.append("[*]" if step is None else f"[{shortened(step)}]")
 
     def message(self, root: str) -> str:
         steps = self.steps[::-1]
@@ -203,11 +220,12 @@ class _Refused(Exception):  # noqa: N818 - never leaves this module
         return f"{root}{''.join(steps)} {self.what}"
 
 
-class _Walk:
+class Walk:
     """Copies a value and counts what its JSON text takes at least.
 
     Each value is counted with the one character that has to follow it. The count ends what would take for ever: lists
-    that hold the same list many times, which hold the same list many times, and so on.
+    that hold the same list many times, which hold the same list many times, and so on. A subclass gives more values
+    a JSON form (`other`).
     """
 
     __slots__ = ("left",)
@@ -220,76 +238,92 @@ class _Walk:
         if kind is str:
             self.left -= (len(value) if value.isascii() else _utf8_length(value)) + 3
         elif kind is dict:
-            return self._copy_dict(value, levels)
-        elif kind is list or kind is tuple:
-            return self._copy_list(value, levels)
+            return self.copy_dict(value, levels)
+        elif kind is list:
+            return self.copy_list(value, levels)
         elif kind is float:
             if not math.isfinite(value):
-                raise _Refused(f"is {value}, which JSON does not have; store None or text instead")
+                raise Refused(f"is {value}, which JSON does not have; store None or text instead")
             self.left -= 4
         elif kind is int:
             if not _MIN_INT <= value <= _MAX_INT:
-                raise _Refused("is an integer beyond 64 bits; store it as text, str(...)")
+                raise Refused("is an integer beyond 64 bits; store it as text, str(...)")
             self.left -= 2
         elif value is None or kind is bool:
             self.left -= 5
         else:
-            raise _Refused(f"is {_name_of(value)}; {_remedy(value)}")
+            return self.other(value, levels)
         if self.left < 0:
-            raise _TooLarge
+            raise TooLarge
         return value
 
-    def _copy_dict(self, value: dict[Any, Any], levels: int) -> Document:
-        self._enter(value, levels)
+    def other(self, value: Any, levels: int) -> Any:
+        """The JSON form of what is none of JSON's types.
+
+        :param levels: how many lists and dicts it may consist of, one inside the other.
+        :raises Refused: it has none.
+        """
+        if type(value) is tuple:
+            return self.copy_list(value, levels)
+        raise Refused(f"is {name_of(value)}; {_remedy(value)}")
+
+    def copy_dict(self, value: dict[Any, Any], levels: int) -> Document:
+        self.enter(value, levels)
         copy = {}
         for key, member in value.items():
             if type(key) is not str:
-                raise _Refused(f"has a key that is {_name_of(key)}; JSON has only str there: use str(...)")
+                raise Refused(f"has a key that is {name_of(key)}; JSON has only str there: use str(...)")
             try:
                 self.left -= (len(key) if key.isascii() else _utf8_length(key)) + 3
                 copy[key] = self.copy(member, levels - 1)
-            except _Refused as refused:
+            except Refused as refused:
                 refused.leave(value, key)
                 raise
         return copy
 
-    def _copy_list(self, value: list[Any] | tuple[Any, ...], levels: int) -> list[Any]:
-        self._enter(value, levels)
+    def copy_list(self, value: list[Any] | tuple[Any, ...], levels: int) -> list[Any]:
+        self.enter(value, levels)
         copy = []
         for index, member in enumerate(value):
             try:
                 copy.append(self.copy(member, levels - 1))
-            except _Refused as refused:
+            except Refused as refused:
                 refused.leave(value, index)
                 raise
         return copy
 
-    def _enter(self, container: object, levels: int) -> None:
+    def enter(self, container: object, levels: int) -> None:
         if levels == 0:
-            raise _Refused(f"is inside more than {MAX_DEPTH} lists and dicts; store it flatter", too_deep=True)
+            raise Refused(f"is inside more than {MAX_DEPTH} lists and dicts; store it flatter", too_deep=True)
         self.left -= 2 if container else 3
         if self.left < 0:
-            raise _TooLarge
+            raise TooLarge
 
 
 def _utf8_length(text: str) -> int:
     try:
         return len(text.encode("utf-8"))
     except UnicodeEncodeError:
-        raise _Refused("has a lone surrogate in its text, which UTF-8 cannot express") from None
+        raise Refused("has a lone surrogate in its text, which UTF-8 cannot express") from None
 
 
-def _name_of(value: object) -> str:
+def name_of(value: object) -> str:
     """What to call a value that is not JSON's, by what its type says about itself: it may be a stand-in."""
     if isinstance(value, type):
-        return f"the class or function {_qualified(value)}"
-    name = _qualified(type(value))
+        return f"the class or function {qualified(value)}"
+    return name_of_type(type(value))
+
+
+def name_of_type(kind: type) -> str:
+    """What to call a value of that type."""
+    name = qualified(kind)
     if name == "bytes":
         return name
     return f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"
 
 
-def _qualified(kind: type) -> str:
+def qualified(kind: type) -> str:
+    """The full name of a type, as a message shows it."""
     module, name = str(kind.__module__), kind.__qualname__
     # A name from a pickle can be anything; in a message it must neither end the line nor fill the log.
     return ascii(name if module == "builtins" else f"{module}.{name}")[1:-1][:100]
@@ -310,7 +344,7 @@ _REMEDIES: Final = {
 
 
 def _remedy(value: object) -> str:
-    known = _REMEDIES.get(_qualified(type(value)))
+    known = _REMEDIES.get(qualified(type(value)))
     if known is not None:
         return known
     for plain in (str, int, float, dict, list, tuple):
@@ -319,22 +353,23 @@ def _remedy(value: object) -> str:
     return "store None, bool, int, float, str, list or dict"
 
 
-def _shortened(step: object) -> str:
+def shortened(step: object) -> str:
+    """A key or index as a message shows it."""
     text = ascii(step)
     return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
 
 
-def _refuse_size(document: Document, root: str, size: int | None, max_bytes: int) -> NoReturn:
+def _refuse_size(document: Document, root: str, size: int | None, max_bytes: int, walk: type[Walk] = Walk) -> NoReturn:
     """Say which fields take the room."""
     sizes: list[tuple[int, str]] = []
     left = 4 * max_bytes  # what measuring may cost
     for name, value in document.items():
-        walk = _Walk(left)
-        before = walk.left
-        with contextlib.suppress(_TooLarge, _Refused):
-            walk.copy(value, MAX_DEPTH)
-        least = before - walk.left
-        sizes.append((least, f"{_shortened(name)} with {'about' if walk.left >= 0 else 'more than'} {least:,}"))
+        measuring = walk(left)
+        before = measuring.left
+        with contextlib.suppress(TooLarge, Refused):
+            measuring.copy(value, MAX_DEPTH)
+        least = before - measuring.left
+        sizes.append((least, f"{shortened(name)} with {'about' if measuring.left >= 0 else 'more than'} {least:,}"))
         left -= least
         if left <= 0:
             break

@@ -47,6 +47,16 @@ class SessionUnavailable(StoreUnavailable):
         self.session_id = session_id
 
 
+class SessionMoved(StoreUnavailable):
+    """The session is stored under its new id, and whether the record under the old one is gone is unknown.
+
+    So it is the new id that is good for certain, and that the visitor should get, even with the answer 503.
+    """
+
+    #: The cookie with the new id, as the value of a Set-Cookie header; None where there are no cookies.
+    cookie: str | None = None
+
+
 class ContentionError(StoreUnavailable):
     """Others kept changing the record for as long as we were willing to try."""
 

@@ -29,6 +29,9 @@ __all__ = [
     "escape_field",
     "is_session_id",
     "kind_prefix",
+    "prefix_and_kind",
+    "shortened",
+    "shortened_ids",
     "unescape",
     "validate_prefix",
 ]
@@ -41,6 +44,8 @@ UNDIVIDED: Final = frozenset({"state"})
 MAX_KEY: Final = 64 * 1024
 #: The longest prefix, in characters.
 MAX_PREFIX: Final = 64
+#: How many characters of a session's id people are shown: enough to tell sessions apart, too few to become one.
+SHOWN: Final = 8
 
 #: The key under which Beaker keeps a session in the session's namespace (beaker.session.Session.save).
 SESSION_KEY: Final = "session"
@@ -48,6 +53,13 @@ SESSION_KEY: Final = "session"
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._/:-]*", re.ASCII)
 #: What uuid.uuid4().hex looks like, which is what Beaker makes (beaker.session._session_id).
 _SESSION_ID: Final = re.compile(r"[0-9a-f]{32}")
+#: Such an id, or the hash of one (`_session_part`), within other text.
+_ID_WITHIN: Final = re.compile(
+    rf"(?<![0-9A-Za-z])(?:([0-9a-f]{{{SHOWN}}})[0-9a-f]{{{32 - SHOWN}}}"
+    rf"|(sha256-[0-9a-f]{{{SHOWN}}})[0-9a-f]{{{64 - SHOWN}}})(?![0-9A-Za-z])"
+)
+#: The shortest prefix is the only valid one: a longer one would hold the kind and its colon.
+_PREFIX_AND_KIND: Final = re.compile(rf"([A-Za-z0-9._/:-]{{0,{MAX_PREFIX}}}?)({'|'.join(sorted(KINDS))}):", re.ASCII)
 #: Controls would spoil listings; UTF-8 has no surrogates; the other two are our own signs.
 _UNSAFE: Final = re.compile("[%:\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: In a field's name a colon means nothing, but an underscore in front marks the fields of ours.
@@ -123,6 +135,15 @@ def kind_prefix(prefix: str, kind: str) -> bytes:
     return f"{prefix}{kind}:".encode("ascii")
 
 
+def prefix_and_kind(record: bytes) -> tuple[str, str] | None:
+    """Under which prefix ``record`` is a record key, and of which kind; there is one answer at most.
+
+    None: under no prefix that is valid. See `validate_prefix` for the proof.
+    """
+    match = _PREFIX_AND_KIND.match(record[: 2 * MAX_PREFIX].decode("ascii", "replace"))
+    return None if match is None else (match[1], match[2])
+
+
 @dataclass(frozen=True, slots=True)
 class Namespace:
     """The record keys of one namespace.
@@ -184,6 +205,32 @@ class Namespace:
 def is_session_id(text: str) -> bool:
     """Whether Beaker can have made this id (uuid.uuid4().hex); any other was chosen by a client."""
     return _SESSION_ID.fullmatch(text) is not None
+
+
+def shortened(record: bytes | str) -> str:
+    """A record key as people are shown it: no session's id in it has more than `SHOWN` characters, and a ``…``.
+
+    So ``session:01234567…``, and ``session:sha256-01234567…`` where only hashes are stored. What is before the first
+    ``…`` is how the record key begins. A cache's keys are its application's own, digests among them, and stay whole.
+    What is not UTF-8 comes back as surrogates (PEP 383).
+    """
+    text = record.decode("utf-8", "surrogateescape") if isinstance(record, bytes) else record
+    match = _PREFIX_AND_KIND.match(text)
+    if match is None or match[2] == "cache":
+        return text
+    start, rest = match[0], text[match.end() :]
+    if match[2] == "session":
+        # Whatever its shape: it may be another program's, which Beaker cannot have made.
+        session_id, colon, rest = rest.partition(":")
+        shown = SHOWN + (len("sha256-") if session_id.startswith("sha256-") else 0)
+        start += session_id if len(session_id) <= shown else f"{session_id[:shown]}…"
+        start += colon
+    return start + shortened_ids(rest)
+
+
+def shortened_ids(text: str) -> str:
+    """``text`` with all that looks like a session's id, or the hash of one, shortened as by `shortened`."""
+    return _ID_WITHIN.sub(lambda match: f"{match[1] or match[2]}…", text)
 
 
 def _session_part(session_id: str, hashed: bool) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
@@ -15,9 +16,8 @@ from typing import Any, Final
 from beaker.cache import clsmap
 from beaker.container import Container, NamespaceManager
 from beaker.crypto import get_crypto_module
-from beaker.synchronization import mutex_synchronizer
 
-from beaker_statestore import documents, keys, observe
+from beaker_statestore import documents, keys, observe, tagged
 from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import EXPIRES, Document
 from beaker_statestore.exceptions import (
@@ -28,6 +28,7 @@ from beaker_statestore.exceptions import (
     StoreUnavailable,
 )
 from beaker_statestore.keys import SESSION_KEY
+from beaker_statestore.locks import Lease
 from beaker_statestore.sessionrecord import SessionRecord
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
@@ -63,6 +64,7 @@ class DocumentManager(NamespaceManager):
         self.store = open_store(self.settings.url, **self.settings.timing)
         self.codec = DocumentCodec.of(self.settings)
         self.records = keys.Namespace(self.settings.prefix, kind, namespace, self.settings.hash_ids)
+        self._reading = _Reading()
 
     def read(self, key: str | None) -> Document | None:
         """The document under ``key``; None when there is none or its ``_expires`` has passed."""
@@ -77,6 +79,7 @@ class DocumentManager(NamespaceManager):
             effects.
         """
         record = self.records.record(key)
+        self._reading.forget()
 
         def on_bytes(current: bytes | None) -> bytes | None:
             before = self.codec.current(current, record)
@@ -121,22 +124,44 @@ class DocumentManager(NamespaceManager):
         """The keys of all documents that have not expired."""
         return list(dict.fromkeys(key for page in self.pages() for key in self.read_many(page)))
 
+    def acquire_read_lock(self) -> None:
+        """Let what ``in`` reads be what ``[]`` answers, for this thread, until the outermost lock is released.
+
+        beaker.container.Value asks both, one after the other, for every value that it reads.
+        """
+        self._reading.depth += 1
+
+    def release_read_lock(self) -> None:
+        """Forget what `acquire_read_lock` let this thread remember, if it is the outermost."""
+        self._reading.depth -= 1
+        if self._reading.depth <= 0:
+            self._reading.depth = 0
+            self._reading.forget()
+
     def __contains__(self, key: Any) -> bool:
-        return self.read(self._key(key)) is not None
+        text = self._key(key)
+        document = self.read(text)
+        self._reading.remember(text, document)
+        return document is not None
 
     def __getitem__(self, key: Any) -> Any:
-        document = self.read(self._key(key))
+        text = self._key(key)
+        document = self._reading.take(text)
+        if document is None:
+            document = self.read(text)
         if document is None:
             raise KeyError(key)
         return document
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        self._reading.forget()
         text = self._key(key)
         data = self._encode(text, value)
         self.store.put(self.records.record(text), data, value.get(EXPIRES))
 
     def __delitem__(self, key: Any) -> None:
         record = self.records.record(self._key(key))
+        self._reading.forget()
         try:
             found = self.store.delete(record)
         except OutcomeUnknown:
@@ -149,12 +174,15 @@ class DocumentManager(NamespaceManager):
 
     def do_remove(self) -> None:
         """Remove the documents of this namespace, and nothing else."""
+        self._reading.forget()
         for page in self.store.pages(self.records.scan_prefix):
             self.store.delete_many(page)
 
-    def get_creation_lock(self, key: Any) -> Any:
-        """A lock for making one cache value, shared by the threads of this process."""
-        return mutex_synchronizer(f"beaker_statestore/{self.settings.url}/{self.records.record(self._key(key))!r}")
+    def get_creation_lock(self, key: Any) -> Lease:
+        """A lock for making one cache value, shared by all processes that use the store."""
+        record = self.records.record(self._key(key))[len(self.settings.prefix) :].decode("utf-8")
+        lock = keys.Namespace(self.settings.prefix, "lock", "creation").record(record)
+        return Lease(self.store, lock, self.settings.creation_lease)
 
     def _key(self, key: Any) -> Any:
         """A key of the dictionary interface as `read` and the others take it."""
@@ -162,6 +190,28 @@ class DocumentManager(NamespaceManager):
 
     def _encode(self, key: str | None, document: Document) -> bytes:
         return self.codec.encode(document, self.records.record(key), f"{self.records.kind}[{key!r}]")
+
+
+class _Reading(threading.local):
+    """What the current thread has found by ``in`` and not yet asked for by ``[]``, under a read lock."""
+
+    #: How many read locks the thread has.
+    depth: int = 0
+    _found: tuple[str | None, Document | None] = (None, None)
+
+    def remember(self, key: str | None, document: Document | None) -> None:
+        """Keep ``document`` for `take`, if there is a read lock."""
+        if self.depth:
+            self._found = key, document
+
+    def take(self, key: str | None) -> Document | None:
+        """The document remembered under ``key``, once: its receiver may change it."""
+        found, document = self._found
+        self.forget()
+        return document if found == key else None
+
+    def forget(self) -> None:
+        self._found = None, None
 
 
 class TCJSONNamespaceManager(DocumentManager):
@@ -177,13 +227,13 @@ class TCJSONNamespaceManager(DocumentManager):
     def __init__(self, namespace: str, timeout: float | None = None, **options: Any) -> None:
         serves_session = _comes_from_session(options)
         super().__init__(namespace, kind="session" if serves_session else "cache", **options)
-        if self.settings.encrypted and get_crypto_module("default").__name__ != AUTHENTICATING:
-            # Beaker unpickles what it has deciphered. Its other modules authenticate nothing (or, with no library, do
-            # not even encipher), so whoever can write to the store could run code.
-            raise ConfigurationError(
-                "beaker.session.encrypted is true, but Beaker does not find the one library with which it also "
-                "authenticates what it deciphers: pip install cryptography"
-            )
+        if self.settings.encrypted:
+            require_authenticating_cipher()
+            if self.settings.index:
+                raise ConfigurationError(
+                    "beaker.session.index needs to look into sessions, and encrypt_key hides them: leave encrypt_key "
+                    "and encrypted out, and set beaker.session.store_key"
+                )
         self._session = (
             SessionRecord(self.store, self.records.record(SESSION_KEY), self.settings, timeout)
             if serves_session
@@ -203,6 +253,8 @@ class TCJSONNamespaceManager(DocumentManager):
         if self._session is not None and key == SESSION_KEY:
             return self._load_session(self._session)
         document = super().__getitem__(key)
+        if self.settings.types != "strict":
+            document = tagged.untag(document)
         if "stored" in document:
             return document["stored"], document.get("expire"), document.get("value")
         return document.get("value")
@@ -212,6 +264,23 @@ class TCJSONNamespaceManager(DocumentManager):
             self._session.save(value)
         else:
             self.set_value(key, value)
+
+    def renew(self, session_id: str) -> None:
+        """Serve this session under another id: the next save stores it there and removes the present record."""
+        if self._session is not None:
+            self.namespace = session_id
+            self.records = keys.Namespace(self.settings.prefix, "session", session_id, self.settings.hash_ids)
+            self._session.renew(self.records.record(SESSION_KEY))
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether this session had a record when it was last loaded or saved; no look-up."""
+        return self._session is not None and self._session.is_stored
+
+    def discard(self) -> None:
+        """Remove the session if it still is as it was loaded. If that fails, its expiry comes soon enough."""
+        if self._session is not None:
+            self._session.discard()
 
     def set_value(self, key: Any, value: Any, expiretime: float | None = None) -> None:
         """Store a cache entry.
@@ -226,6 +295,9 @@ class TCJSONNamespaceManager(DocumentManager):
             document = {"value": value}
         if expiretime is not None:
             document[EXPIRES] = document.get("stored", time.time()) + expiretime + self.settings.cache_grace
+        if self.settings.types != "strict":
+            root = f"{self.records.kind}[{self._key(key)!r}]"
+            document = tagged.tag(document, self.settings.types, root, self.settings.max_value)
         super().__setitem__(key, document)
 
     def __delitem__(self, key: Any) -> None:
@@ -259,6 +331,19 @@ class TCJSONContainer(Container):
     """Beaker's older interface to the same thing."""
 
     namespace_class = TCJSONNamespaceManager
+
+
+def require_authenticating_cipher() -> None:
+    """:raises ConfigurationError: Beaker would decipher sessions with a library that anybody's ciphertext satisfies.
+
+    Beaker unpickles what it has deciphered. Its other modules authenticate nothing (or, with no library, do not even
+    encipher), so whoever can write to the store could run code.
+    """
+    if get_crypto_module("default").__name__ != AUTHENTICATING:
+        raise ConfigurationError(
+            "beaker.session.encrypted is true, but Beaker does not find the one library with which it also "
+            "authenticates what it deciphers: pip install cryptography"
+        )
 
 
 def register() -> None:

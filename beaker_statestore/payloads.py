@@ -5,7 +5,8 @@ pickle, base64 of zlib-compressed JSON, or, with ``encrypt_key``, a nonce in bas
 custom serializer can make anything.
 
 A pickle is taken apart and never executed: in place of every class and function that it names stands a `Recorder`
-that does nothing but bear the name, so that the strict walk in `documents` can say what was found where.
+that does nothing but bear the name, so that the strict walk in `documents` can say what was found where. With
+``types = tagged`` the stand-ins of few types (`_TAGGED`) also keep what they were called with, and it is read as data.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from __future__ import annotations
 import base64
 import binascii
 import copyreg
+import datetime
+import decimal
 import io
 import json
 import pickle
 import pickletools
+import uuid
 import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeGuard
+from typing import Any, ClassVar, Final, Literal, TypeGuard
 
-from beaker_statestore import documents
-from beaker_statestore.documents import MAX_BYTES, Document
+from beaker_statestore import documents, tagged
+from beaker_statestore.documents import MAX_BYTES, Document, Refused
 from beaker_statestore.exceptions import DocumentRefusedError, ValueTooLargeError
 
 __all__ = ["Form", "Payload", "read", "write"]
@@ -38,6 +43,8 @@ _VERBOSITY: Final = 8
 _MAX_NONCE: Final = 64
 #: The pickle protocol that Beaker writes (beaker.util.PickleSerializer).
 _PROTOCOL: Final = 2
+#: The one in which values beyond JSON are handed to it: the oldest that keeps a time's fold. Beaker reads any.
+_TAGGED_PROTOCOL: Final = 4
 #: What the pickle of a dict begins with behind its protocol: EMPTY_DICT, or FRAME from protocol 4 on.
 _FIRST_OPCODES: Final = b"}\x95"
 #: What a pickle ends with: STOP.
@@ -67,11 +74,13 @@ class Payload:
     opaque: str | None = None
 
 
-def read(payload: object, *, encrypted: bool = False, max_bytes: int = MAX_BYTES) -> Payload:
+def read(payload: object, *, encrypted: bool = False, max_bytes: int = MAX_BYTES, types: str = "strict") -> Payload:
     """What is in ``payload``. Nothing in it is executed.
 
     :param encrypted: the application says that it uses ``encrypt_key``, so that ciphertext is what has to come.
     :param max_bytes: the largest document, in bytes of our JSON text.
+    :param types: what becomes of values that JSON does not have (`beaker_statestore.tagged`). Beaker's JSON form has
+        none: tags in it are stored as they are.
     :raises DocumentRefusedError: it holds what JSON cannot, or nobody can tell what it holds, or it is not encrypted
         although it should be.
     :raises ValueTooLargeError: it is too large.
@@ -85,14 +94,16 @@ def read(payload: object, *, encrypted: bool = False, max_bytes: int = MAX_BYTES
     form = _form(payload)
     if form is not None:
         try:
-            value = _load(payload, form, _VERBOSITY * max_bytes)
+            value = _load(payload, form, _VERBOSITY * max_bytes, _Unpickler if types == "strict" else _TaggedUnpickler)
         except _Unreadable as error:
             if not encrypted:
                 raise DocumentRefusedError(f"the session looks like Beaker's {form}, but {error}") from None
         else:
             if encrypted:
                 raise DocumentRefusedError(_NOT_ENCRYPTED)
-            return Payload(documents.normalize(value, "session", max_bytes), form)
+            if form == "json":
+                return Payload(documents.normalize(value, "session", max_bytes), form)
+            return Payload(tagged.tag(value, types, "session", max_bytes, _PickleWalk), form)
     if _is_plain_behind_nonce(payload, _VERBOSITY * max_bytes):
         raise DocumentRefusedError(_NO_CRYPTOGRAPHY)
     if not encrypted:
@@ -100,10 +111,17 @@ def read(payload: object, *, encrypted: bool = False, max_bytes: int = MAX_BYTES
     return Payload(opaque=payload)
 
 
-def write(document: Document, form: Form) -> str:
-    """A freshly made payload of ``document``, which Beaker's serializer of that form reads as the same value."""
+def write(document: Document, form: Form, *, types: str = "strict") -> str:
+    """A freshly made payload of ``document``, which Beaker's serializer of that form reads as the same value.
+
+    :param types: unless ``strict``, a pickle has the values that tags stand for. JSON has the tags themselves.
+    """
     if form == "pickle":
-        data = pickle.dumps(document, _PROTOCOL)
+        data = (
+            pickle.dumps(document, _PROTOCOL)
+            if types == "strict"
+            else pickle.dumps(tagged.untag(document), _TAGGED_PROTOCOL)
+        )
     else:
         data = zlib.compress(json.dumps(document).encode("ascii"))
     return base64.b64encode(data).decode("ascii")
@@ -137,14 +155,14 @@ def _is_plain_behind_nonce(payload: str, limit: int) -> bool:
         form = _form(payload[length : length + 4])
         if form is not None:
             try:
-                _load(payload[length:], form, limit)
+                _load(payload[length:], form, limit, _Unpickler)
             except _Unreadable:
                 continue
             return True
     return False
 
 
-def _load(payload: str, form: Form, limit: int) -> Any:
+def _load(payload: str, form: Form, limit: int, unpickler: type[_Unpickler]) -> Any:
     """The value in ``payload``, with stand-ins for what is not data.
 
     :param limit: the longest JSON text to unpack, in bytes.
@@ -153,7 +171,7 @@ def _load(payload: str, form: Form, limit: int) -> Any:
         data = base64.b64decode(payload, validate=True)
     except ValueError:
         raise _Unreadable("is not base64 throughout") from None
-    return _unpickle(data) if form == "pickle" else _unzip(data, limit)
+    return _unpickle(data, unpickler) if form == "pickle" else _unzip(data, limit)
 
 
 def _unzip(data: bytes, limit: int) -> Any:
@@ -198,9 +216,12 @@ class Recorder:
 class _Getattr(Recorder):
     """In protocol 2 a class inside a class is spelled ``getattr(Outer, "Inner")``."""
 
+    #: What stands for names with a dot.
+    special: ClassVar[_Bases] = {}
+
     def __new__(cls, *args: object) -> Any:
         if len(args) == 2 and _is_stand_in(args[0]):
-            return _stand_in(args[0].__module__, f"{args[0].__qualname__}.{args[1]}")
+            return _stand_in(args[0].__module__, f"{args[0].__qualname__}.{args[1]}", cls.special)
         return object.__new__(cls)
 
 
@@ -215,12 +236,14 @@ def _is_stand_in(value: object) -> TypeGuard[type[Recorder]]:
     return isinstance(value, type) and issubclass(value, Recorder)
 
 
-def _stand_in(module: str, name: str) -> type[Recorder]:
-    base = _SPECIAL.get((module, name), Recorder)
+def _stand_in(module: str, name: str, special: _Bases) -> type[Recorder]:
+    base = special.get((module, name), Recorder)
     return type("Recorder", (base,), {"__module__": module, "__qualname__": name})
 
 
-_SPECIAL: Final[dict[tuple[str, str], type[Recorder]]] = {
+#: Which stand-ins do more than bear their names.
+_Bases = Mapping[tuple[str, str], type[Recorder]]
+_SPECIAL: Final[_Bases] = {
     ("builtins", "getattr"): _Getattr,
     ("copyreg", "_reconstructor"): _Reconstructor,
 }
@@ -228,6 +251,8 @@ _SPECIAL: Final[dict[tuple[str, str], type[Recorder]]] = {
 
 class _Unpickler(pickle.Unpickler):
     """Resolves no name at all. Persistent ids and out-of-band buffers are refused by its base class."""
+
+    special: ClassVar[_Bases] = _SPECIAL
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream)
@@ -240,11 +265,11 @@ class _Unpickler(pickle.Unpickler):
             module, name = "builtins", "bytes"  # protocol 2 has no bytes: they are encode("...", "latin1")
         stand_in = self._stand_ins.get((module, name))
         if stand_in is None:
-            stand_in = self._stand_ins[module, name] = _stand_in(module, name)
+            stand_in = self._stand_ins[module, name] = _stand_in(module, name, self.special)
         return stand_in
 
 
-def _unpickle(data: bytes) -> Any:
+def _unpickle(data: bytes, unpickler: type[_Unpickler]) -> Any:
     # Sizes need no guard here: what comes in is what Beaker in this very process has just written.
     if data[-1:] != _LAST_OPCODE:
         raise _Unreadable("is cut off")
@@ -252,7 +277,7 @@ def _unpickle(data: bytes) -> Any:
         raise _Unreadable("uses copyreg's extension codes, which mean nothing outside of the program that wrote it")
     stream = io.BytesIO(data)
     try:
-        value = _Unpickler(stream).load()
+        value = unpickler(stream).load()
     except _Unreadable:
         raise
     except Exception as error:  # noqa: BLE001 - a malformed pickle can raise anything
@@ -274,3 +299,206 @@ def _has_extension_codes(data: bytes) -> bool:
         return any(opcode.name.startswith("EXT") for opcode, _, _ in pickletools.genops(data))
     except Exception:  # noqa: BLE001 - a malformed pickle; the unpickler would execute its valid part
         return True
+
+
+# -- the tagged types' spellings in pickles
+
+
+class _Call(Recorder):
+    """Keeps what it was called with, for `_PickleWalk`. Still nothing is done with it while the pickle is read."""
+
+    args: tuple[object, ...] = ()
+    #: What BUILD gave it; None: nothing, and the class itself: something no pickler gives it.
+    state: object = None
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        call = object.__new__(cls)
+        call.args = args
+        if kwargs:
+            call.state = _Call
+        return call
+
+    def _set_state(*args: object) -> None:  # see Recorder._ignore
+        if len(args) == 2 and isinstance(args[0], _Call):
+            args[0].state = args[1]
+
+    def _spoil(*args: object) -> None:
+        if args and isinstance(args[0], _Call):
+            args[0].state = _Call
+
+    __setstate__ = _set_state
+    __setitem__ = append = extend = add = _spoil
+
+
+class _TaggedGetattr(_Getattr):
+    #: A zone is ``getattr(ZoneInfo, "_unpickle")(name, from cache?)``.
+    special: ClassVar[_Bases] = {("zoneinfo", "ZoneInfo._unpickle"): _Call}
+
+
+class _Malformed(Exception):  # noqa: N818 - never leaves this module
+    """No pickler calls it so."""
+
+
+def _called(value: object, module: str, name: str) -> tuple[object, ...] | None:
+    """The arguments of ``module.name`` if that is what ``value`` stands for."""
+    if isinstance(value, _Call) and (type(value).__module__, type(value).__qualname__) == (module, name):
+        if value.state is not None:
+            raise _Malformed
+        return value.args
+    return None
+
+
+def _bytes_of(value: object) -> bytes:
+    if type(value) is bytes:
+        return value
+    match _called(value, "builtins", "bytes"):
+        case ():
+            return b""
+        case (str(text), "latin1"):
+            try:
+                return text.encode("latin-1")
+            except UnicodeEncodeError:
+                raise _Malformed from None
+    raise _Malformed
+
+
+def _packed(call: _Call, length: int) -> bytes:
+    packed = _bytes_of(call.args[0] if call.args else None)
+    if len(packed) != length:
+        raise _Malformed
+    return packed
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return type(value) is int
+
+
+def _timedelta(call: _Call) -> datetime.timedelta:
+    match call.args:
+        case (days, seconds, microseconds) if _is_int(days) and _is_int(seconds) and _is_int(microseconds):
+            return datetime.timedelta(days, seconds, microseconds)
+    raise _Malformed
+
+
+def _zone(args: tuple[object, ...]) -> tuple[datetime.timezone | None, str | None]:
+    """A time's zone, of which it has one or none: a fixed offset, or a name."""
+    match args:
+        case ():
+            return None, None
+        case (_Call() as zone,):
+            match _called(zone, "datetime", "timezone"):
+                case (_Call() as offset,) | (_Call() as offset, str()):
+                    if _called(offset, "datetime", "timedelta") is not None:
+                        return datetime.timezone(_timedelta(offset)), None
+            match _called(zone, "zoneinfo", "ZoneInfo._unpickle"):
+                case (str(name), 0 | 1):
+                    return None, name
+        case (Recorder() as zone,):
+            raise Refused(
+                f"is a time with {documents.name_of(zone)} for its zone; use datetime.timezone or zoneinfo.ZoneInfo"
+            )
+    raise _Malformed
+
+
+def _datetime_argument(call: _Call) -> str:
+    # As datetime.datetime.__reduce_ex__ has it; the constructor would believe any day and hour that is packed so.
+    high, low, month, day, hour, minute, second, *microsecond = _packed(call, 10)
+    offset, zone = _zone(call.args[1:])
+    moment = datetime.datetime(
+        high * 256 + low, month & 0x7F, day, hour, minute, second, int.from_bytes(microsecond, "big"), offset,
+        fold=month >> 7,
+    )  # fmt: skip
+    return tagged.zoned(moment, zone)
+
+
+def _time_argument(call: _Call) -> str:
+    hour, minute, second, *microsecond = _packed(call, 6)
+    offset, zone = _zone(call.args[1:])
+    time = datetime.time(hour & 0x7F, minute, second, int.from_bytes(microsecond, "big"), offset, fold=hour >> 7)
+    return tagged.zoned(time, zone)
+
+
+def _date_value(call: _Call) -> datetime.date:
+    high, low, month, day = _packed(call, 4)
+    if len(call.args) != 1:
+        raise _Malformed
+    return datetime.date(high * 256 + low, month, day)
+
+
+def _decimal_value(call: _Call) -> decimal.Decimal:
+    match call.args:
+        case (str(text),):
+            number = decimal.Decimal(text)
+            if str(number) == text:
+                return number
+    raise _Malformed
+
+
+def _uuid_value(call: _Call) -> uuid.UUID:
+    match call.args, call.state:
+        # How it was made ("is_safe") is no part of its value.
+        case (), {"int": number, **rest} if _is_int(number) and rest.keys() <= {"is_safe"}:
+            return uuid.UUID(int=number)
+    raise _Malformed
+
+
+def _members(call: _Call) -> list[Any]:
+    match call.args:
+        case (list(members),):
+            return members
+    raise _Malformed
+
+
+#: How the value is made of what the pickle calls. Times and sets are not made: zones would have to be looked up, and
+#: stand-ins in a set are not what they stand for.
+_VALUES: Final[dict[tuple[str, str], Callable[[_Call], Any]]] = {
+    ("builtins", "bytes"): _bytes_of,
+    ("datetime", "date"): _date_value,
+    ("datetime", "timedelta"): _timedelta,
+    ("decimal", "Decimal"): _decimal_value,
+    ("uuid", "UUID"): _uuid_value,
+}
+_TIMES: Final[dict[tuple[str, str], tuple[str, Callable[[_Call], str]]]] = {
+    ("datetime", "datetime"): ("$datetime", _datetime_argument),
+    ("datetime", "time"): ("$time", _time_argument),
+}
+_SETS: Final = {("builtins", "set"): "$set", ("builtins", "frozenset"): "$frozenset"}
+_TAGGED: Final[_Bases] = {
+    **_SPECIAL,
+    **dict.fromkeys((*_VALUES, *_TIMES, *_SETS, ("datetime", "timezone")), _Call),
+    ("builtins", "getattr"): _TaggedGetattr,
+}
+
+
+class _TaggedUnpickler(_Unpickler):
+    """Resolves no name either."""
+
+    special = _TAGGED
+
+
+class _PickleWalk(tagged.TaggedWalk):
+    """Knows what the stand-ins stand for."""
+
+    def other(self, value: Any, levels: int) -> Any:
+        if not isinstance(value, _Call):
+            return super().other(value, levels)
+        name = type(value).__module__, type(value).__qualname__
+        try:
+            if value.state is not None and name != ("uuid", "UUID"):
+                raise _Malformed
+            if name in _TIMES:
+                tag, argument_of = _TIMES[name]
+                return self.tag_scalar(tag, argument_of(value), levels)
+            if name in _VALUES:
+                return self.copy(_VALUES[name](value), levels)
+            if name in _SETS:
+                return self._tag_set(_SETS[name], value, levels)
+        except (_Malformed, ValueError, ArithmeticError, LookupError):
+            raise Refused(f"is {documents.name_of(value)} as Python writes none") from None
+        return super().other(value, levels)
+
+    def _tag_set(self, tag: str, call: _Call, levels: int) -> Document:
+        copy = self.tag_set(tag, call, _members(call), levels)
+        if not tagged.reads(tag, copy[tag]):
+            raise _Malformed
+        return copy

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 import signal
+import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import quote
@@ -18,14 +21,31 @@ from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.stores.urls import redacted
+from beaker_statestore.sweeper import BATCH, MARGIN, Sweeper
 from beaker_statestore.tyrant.server import Server, ServerLimits
 
 __all__ = ["serve"]
+
+logger = logging.getLogger(__name__)
 
 _LIMITS: Final = ServerLimits()
 _MIB: Final = 1024 * 1024
 #: Open files that a server needs besides its connections: the store's, the listening sockets, the log.
 _OTHER_FILES: Final = 64
+
+#: The part of the time that sweeping may take while it is under way, and how long clients may have to wait for one
+#: step of it, in seconds. Where each step waits for the disk, smaller ones would not be sooner done.
+_SWEEP_SHARE: Final = 0.05
+_SWEEP_STEP: Final = 0.0003
+_SWEEP_STEP_ON_DISK: Final = 0.02
+#: An ``_expires`` before this (September 2001) is no time of ours: in other programs' records it may be a length.
+_EARLIEST_EXPIRY: Final = 1e9
+
+_ON_SWEEPS: Final = (
+    'Every {:g} s it removes expired documents: JSON objects with an "_expires" that has passed, under keys such as '
+    "session:... and shop:cache:..., and nothing else (--sweep 0: never)."
+)
+_ON_NO_SWEEPS: Final = "It removes no expired documents (--sweep 0); `statestore sweep` does."
 
 
 @click.command()
@@ -79,7 +99,18 @@ _OTHER_FILES: Final = 64
     metavar="SECONDS",
     help="How long a client may take to finish a request it has begun, or not read a reply.",
 )
-@click.option("--verbose", is_flag=True, help="Log each connection that is closed for cause.")
+@click.option(
+    "--sweep",
+    "interval",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help=f"Remove expired records, of all applications, at the start and so long after each time; 0: never. A record "
+    "goes if its key is one of ours, under whatever prefix (session:..., shop:cache:...), and its value a JSON object "
+    f'with an "_expires" that was {MARGIN:.0f} seconds ago or more.',
+)
+@click.option("--verbose", is_flag=True, help="Log each connection that is closed for cause, and each sweep.")
 def serve(
     addresses: Sequence[str],
     db: str,
@@ -89,6 +120,7 @@ def serve(
     max_message: int,
     max_memory: int,
     patience: float,
+    interval: float,
     verbose: bool,
 ) -> None:
     """Serve a store to Tokyo Tyrant clients, until SIGTERM or Ctrl-C."""
@@ -98,7 +130,8 @@ def serve(
     store = _open_local_store(_url(db, sync))
     with store:
         store.ping()
-        _run(_serve(Server(store, limits=limits, allow_remote=allow_remote), addresses, db, store.crash_can_lose()))
+        server = Server(store, limits=limits, allow_remote=allow_remote)
+        _run(_serve(server, store, addresses, db, interval))
         store.sync()
 
 
@@ -147,12 +180,41 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         uvloop.run(main)
 
 
-async def _serve(server: Server, addresses: Sequence[str], db: str, crash_can_lose: str) -> None:
+async def _serve(server: Server, store: LocalStore, addresses: Sequence[str], db: str, interval: float) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     await server.start(addresses)
     click.echo(f"statestore {__version__} serves {db} at {', '.join(map(str, server.addresses))}")
-    click.echo(f"In a crash: {crash_can_lose}.")
+    click.echo(f"In a crash: {store.crash_can_lose()}.")
+    click.echo(_ON_SWEEPS.format(interval) if interval else _ON_NO_SWEEPS)
+    sweeping = asyncio.create_task(_sweep_for_ever(server, store, interval)) if interval else None
     await stopped.wait()
+    if sweeping is not None:
+        sweeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await sweeping
     await server.stop()
+
+
+async def _sweep_for_ever(server: Server, store: LocalStore, interval: float) -> None:
+    while True:
+        sweeper = Sweeper(store, prefix=None, earliest=_EARLIEST_EXPIRY)
+        try:
+            await _sweep(server, sweeper, _SWEEP_STEP_ON_DISK if store.blocking else _SWEEP_STEP)
+        except Exception as error:  # noqa: BLE001 - whatever it was, clients are served, and the next one may do it
+            logger.warning("a sweep broke off: %r", error)
+        if sweeper.sweep.removed:
+            logger.info("a sweep has removed %d of %d records", sweeper.sweep.removed, sweeper.sweep.seen)
+        await asyncio.sleep(interval)
+
+
+async def _sweep(server: Server, sweeper: Sweeper, step: float) -> None:
+    """Sweep with pauses, in steps of so many records as take ``step`` seconds."""
+    batch = 1
+    while not sweeper.done:
+        began = time.perf_counter()
+        await server.between(partial(sweeper.step, batch))
+        took = time.perf_counter() - began
+        batch = max(1, min(BATCH, 2 * batch, int(batch * step / took)))
+        await asyncio.sleep(took * (1 / _SWEEP_SHARE - 1))

@@ -8,17 +8,28 @@ swaps; if somebody else was quicker it reads again and repeats. It knows neither
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 from beaker_statestore import documents, observe, payloads
 from beaker_statestore.codec import DocumentCodec
-from beaker_statestore.documents import ACCESSED, CREATED, EXPIRES, OPAQUE, RESERVED, SERIALIZER, Document
-from beaker_statestore.exceptions import DocumentDamagedError, DocumentRefusedError, OutcomeUnknown
+from beaker_statestore.documents import ACCESSED, CREATED, EXPIRES, OPAQUE, RESERVED, REVOKED, SERIALIZER, Document
+from beaker_statestore.exceptions import (
+    ConflictError,
+    ContentionError,
+    DocumentDamagedError,
+    DocumentRefusedError,
+    OutcomeUnknown,
+    SessionMoved,
+    StoreUnavailable,
+)
 from beaker_statestore.payloads import Form
+from beaker_statestore.sessionindex import GRACE, SessionIndex
 from beaker_statestore.settings import Settings
-from beaker_statestore.stores.base import UNREAD, Store, Unread
+from beaker_statestore.stores.base import CONTENTION_DEADLINE, UNREAD, Store, Unread
 
 __all__ = ["SessionRecord"]
 
@@ -27,6 +38,9 @@ __all__ = ["SessionRecord"]
 CONFIGURATION: Final = frozenset({"_domain", "_path"})
 #: What changes when a session is only read.
 TOUCHED: Final = frozenset({ACCESSED, EXPIRES})
+
+#: What Session adds to its timeout before it hands it on, in seconds (beaker.session.Session.__init__).
+BEAKERS_GRACE: Final = 120.0
 
 #: The form in which this process last saw Beaker save, for each store's settings.
 _last_form: dict[Settings, Form] = {}
@@ -41,12 +55,19 @@ class SessionRecord:
     def __init__(self, store: Store, key: bytes, settings: Settings, timeout: float | None) -> None:
         self._store = store
         self._key = key
+        # Where the session still is, after `renew` and before the next save.
+        self._former: bytes | None = None
         self._settings = settings
         self._codec = DocumentCodec.of(settings)
         self._timeout = timeout
+        self._touch_interval = settings.touch_interval
+        if timeout is not None:
+            self._touch_interval = min(settings.touch_interval, max(0.0, timeout - BEAKERS_GRACE) / 10)
+        self._index = SessionIndex(store, settings) if settings.index else None
         # What the application was given at load, and what it last saw or wrote; None: no session was there.
         self._loaded: Document | None = None
         self._base: Document | None = None
+        self._known_since = 0.0
         self._stored: bytes | Unread | None = UNREAD
 
     def load(self) -> str | None:
@@ -57,8 +78,11 @@ class SessionRecord:
         """
         data = self._store.get(self._key)
         document = self._open(data)
+        if document is not None and REVOKED in document:
+            document = None
         self._stored = data
-        self._base = self._loaded = None if document is None else _mergeable(document)
+        self._loaded = None if document is None else _mergeable(document)
+        self._remember(self._loaded)
         if document is None:
             return None
         if OPAQUE in document:
@@ -66,21 +90,35 @@ class SessionRecord:
         # The time of access in front, as a sign of ours: see `_is_as_loaded`.
         application = {ACCESSED: document.get(ACCESSED, time.time()), **document}
         return payloads.write(
-            {name: value for name, value in application.items() if name not in RESERVED}, self._form(document)
+            {name: value for name, value in application.items() if name not in RESERVED},
+            self._form(document),
+            types=self._settings.types,
         )
 
     def exists(self) -> bool:
         """Whether `load` would find a session."""
-        return self._open(self._store.get(self._key)) is not None
+        document = self._open(self._store.get(self._key))
+        return document is not None and REVOKED not in document
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether there was a record when it was last loaded or saved."""
+        return isinstance(self._stored, bytes)
 
     def save(self, payload: object) -> None:
         """Commit what the application did to the session since it was loaded or last saved.
 
         :param payload: the whole session as Beaker's serializer made it.
         :raises DocumentRefusedError: it holds what JSON cannot; nothing was written.
+        :raises ConflictError: with ``conflict = raise``, another request has changed the same key meanwhile.
         :raises StoreUnavailable: the store failed; whether the change is stored may be unknown.
         """
-        read = payloads.read(payload, encrypted=self._settings.encrypted, max_bytes=self._settings.max_value)
+        read = payloads.read(
+            payload,
+            encrypted=self._settings.encrypted,
+            max_bytes=self._settings.max_value,
+            types=self._settings.types,
+        )
         if read.document is None:
             self._replace(self._dated({OPAQUE: read.opaque}, time.time()))
             return
@@ -92,18 +130,37 @@ class SessionRecord:
             return
         ours = self._complete(read.document)
         base = self._loaded if self._is_as_loaded(read.document) else self._base
-        if base is not None and documents.difference(base, ours) <= TOUCHED:
+        if self._former is None and base is not None and documents.difference(base, ours) <= TOUCHED:
             self._touch(base, ours)
         else:
             self._commit(base, ours, read.form)
 
     def delete(self) -> None:
         """Remove the record, whatever others have done to it. A request still in flight cannot bring it back."""
-        try:
-            self._store.delete(self._key)
-        except OutcomeUnknown:
-            self._store.delete(self._key)
-        self._stored = self._base = self._loaded = None
+        for key in (self._key,) if self._former is None else (self._former, self._key):
+            if self._index is not None:
+                # Against requests that others have under way, a mark says more than absence does.
+                known = self._stored if self._base is not None and key == (self._former or self._key) else UNREAD
+                self._store.modify(key, functools.partial(self._unless_revoked, key, None), known=known)
+                continue
+            try:
+                self._store.delete(key)
+            except OutcomeUnknown:
+                self._store.delete(key)
+        self._former = self._stored = self._base = self._loaded = None
+
+    def discard(self) -> None:
+        """Remove the record if it is as it was loaded; if that fails, leave it to its expiry."""
+        if isinstance(self._stored, bytes):
+            try:
+                self._store.compare_and_swap(self._key, self._stored, None)
+            except StoreUnavailable:
+                observe.count("session.discard_failed")
+
+    def renew(self, key: bytes) -> None:
+        """Have the next save store the session under another key, and remove the record that there is."""
+        self._former = self._former or self._key
+        self._key = key
 
     def _is_as_loaded(self, saved: Document) -> bool:
         """Whether Beaker saves the session as it was loaded, whatever the request has done to it since.
@@ -116,20 +173,45 @@ class SessionRecord:
         return self._loaded is not None and next(iter(saved)) == ACCESSED
 
     def _commit(self, base: Document | None, ours: Document, form: Form | None) -> None:
+        listed_until = self._enlist(base if self._former is None else None, ours)
+        loaded = self._stored
+
         def merged(current: bytes | None) -> bytes | None:
+            if time.monotonic() > listed_until:
+                raise StoreUnavailable("this process stood still in the middle of saving a session; nothing was saved")
             # To a request that has run longer than the session had to live, an expired record is still its own.
             theirs = self._open(current, though_expired=base is not None)
-            if theirs is None and base is not None:
+            if theirs is not None and REVOKED in theirs:
+                if current != loaded:
+                    return _dropped(current)
+                theirs = None  # the visitor has come back after the revocation
+            if base is not None and (theirs is None or self._is_another(base, theirs)):
                 return _dropped(current)
             if theirs is None or OPAQUE in theirs:
                 return self._encode(ours, form)
             merge = documents.merge(base or {}, ours, _mergeable(theirs))
             if merge.conflicts:
                 observe.count("session.conflict", len(merge.conflicts))
-            return self._encode(merge.document, form)
+                if self._settings.conflict == "raise":
+                    raise ConflictError(merge.conflicts)
+            return self._encode(merge.document, form) if merge.changed or self._former else current
 
         self._stored = self._modify(merged)
-        self._base = ours
+        self._remember(ours)
+
+    def _is_another(self, base: Document, theirs: Document) -> bool:
+        """Whether the record is another session, begun under this id after the one that this request knows had ended.
+
+        Of two requests that begin a session at once the earlier's time counts (`documents.merge`), so a time of
+        creation that is later than when ``base`` was taken is of no session that was there then. Where it is the same
+        session, the times are equal, however the clocks of the hosts differ.
+        """
+        created = theirs.get(CREATED)
+        return created != base.get(CREATED) and isinstance(created, (int, float)) and created > self._known_since
+
+    def _remember(self, base: Document | None) -> None:
+        self._base = base
+        self._known_since = time.time()
 
     def _touch(self, base: Document, ours: Document) -> None:
         """Note the time of access, unless somebody else has changed the record meanwhile: then it is fresh anyway."""
@@ -137,7 +219,11 @@ class SessionRecord:
         theirs = None if isinstance(stored, Unread) else self._open(stored, though_expired=True)
         if theirs is None or isinstance(stored, Unread) or OPAQUE in theirs:
             return
+        if ours[ACCESSED] - theirs.get(ACCESSED, 0) < self._touch_interval:
+            observe.count("session.touch_skipped")
+            return
         merge = documents.merge(base, ours, _mergeable(theirs))
+        self._enlist(base, merge.document)
         touched = self._encode(merge.document, theirs.get(SERIALIZER))
         try:
             if self._store.compare_and_swap(self._key, stored, touched, merge.document.get(EXPIRES)):
@@ -147,6 +233,15 @@ class SessionRecord:
         except OutcomeUnknown:
             # Done or not, nothing is lost, and the next commit finds out which.
             observe.count("session.touch_unknown")
+
+    def _enlist(self, before: Document | None, after: Document) -> float:
+        """Have the index list the session before it is stored; until when that holds, on the monotonic clock.
+
+        A listing without a live session is dropped after a while, so a save must not come much later.
+        """
+        until = time.monotonic() + GRACE / 2
+        listed = self._index is not None and self._index.enlist(self._key, before, after)
+        return until if listed else math.inf
 
     def _replace(self, opaque: Document) -> None:
         """Store what cannot be merged. Even so, a session that others have deleted stays deleted."""
@@ -174,10 +269,78 @@ class SessionRecord:
         return self._dated(ours, accessed)
 
     def _dated(self, document: Document, accessed: float) -> Document:
-        return document if self._timeout is None else {**document, EXPIRES: accessed + self._timeout}
+        ends = [self._end(document)] if self._timeout is None else [self._end(document), accessed + self._timeout]
+        expiry = min(ends)
+        return document if expiry == math.inf else {**document, EXPIRES: expiry}
+
+    def _end(self, document: Document) -> float:
+        """When the session ends however much it is used, in epoch seconds."""
+        created = document.get(CREATED)
+        if self._settings.max_lifetime is None or isinstance(created, bool) or not isinstance(created, (int, float)):
+            return math.inf
+        return created + self._settings.max_lifetime
 
     def _modify(self, function: Callable[[bytes | None], bytes | None]) -> bytes | None:
+        if self._former is not None:
+            return self._move(self._former, function)
         return self._store.modify(self._key, function, known=self._stored, expires_at=documents.expires_at)
+
+    def _move(self, former: bytes, function: Callable[[bytes | None], bytes | None]) -> bytes | None:
+        """Store under the new key what ``function`` makes of the former record, and then remove that one.
+
+        In this order, and both or nothing: until the last step the former key is good and nobody knows the new one, so
+        that whatever fails can be repeated. The last step removes exactly what was stored under the new key, so no
+        change is lost that others make meanwhile; and if they end the session, it ends under both keys.
+        """
+        deadline = time.monotonic() + CONTENTION_DEADLINE
+        current = self._store.get(former) if isinstance(self._stored, Unread) else self._stored
+        stored: bytes | None = None
+        while True:
+            try:
+                new = function(current)
+            except ConflictError:
+                if stored is not None:
+                    self._store.delete(self._key)
+                raise
+            if new is current:
+                # What `_dropped` answers: there is no session any more.
+                if stored is not None:
+                    self._store.delete(self._key)
+                self._former = None
+                return None
+            stored = self._store.modify(
+                self._key,
+                functools.partial(self._unless_revoked, self._key, new),
+                known=stored,
+                expires_at=documents.expires_at,
+            )
+            doubt: OutcomeUnknown | None = None
+            try:
+                if self._store.compare_and_swap(former, current, None):
+                    break
+            except OutcomeUnknown as error:
+                doubt = error
+            try:
+                current = self._store.get(former)
+            except StoreUnavailable as error:
+                if doubt is None:
+                    raise
+                self._former, self._stored = None, stored
+                raise SessionMoved(str(error)) from error
+            if doubt is not None and current is None:
+                break
+            if time.monotonic() >= deadline:
+                raise doubt or ContentionError("others changed the session for as long as we tried to give it a new id")
+        self._former = None
+        return stored
+
+    def _unless_revoked(self, key: bytes, new: bytes | None, there: bytes | None) -> bytes | None:
+        """``new``, but for a mark that somebody has put under ``key``, which he knows from the index."""
+        try:
+            revoked = there is not None and REVOKED in self._codec.decode(there, key)
+        except DocumentDamagedError:
+            revoked = False
+        return _dropped(there) if revoked else new
 
     def _encode(self, document: Document, form: Form | None) -> bytes:
         if form is not None:
@@ -185,10 +348,11 @@ class SessionRecord:
         return self._codec.encode(document, self._key, "session")
 
     def _open(self, data: bytes | None, *, though_expired: bool = False) -> Document | None:
-        if data is None:
-            return None
-        document = self._codec.decode(data, self._key)
-        return document if though_expired or not documents.is_expired(document, time.time()) else None
+        key = self._former or self._key
+        if though_expired:
+            return None if data is None else self._codec.decode(data, key)
+        document = self._codec.current(data, key)
+        return None if document is None or self._end(document) <= time.time() else document
 
     def _opaque(self, ciphertext: Any) -> str:
         if not isinstance(ciphertext, str):

@@ -72,6 +72,8 @@ BEAKERS_OWN: Final = frozenset(
 
 #: The least characters of a secret, 128 bits in hexadecimal digits.
 SHORTEST_SECRET: Final = 32
+#: Stands in ``store_key`` while records in the clear are read, too; in front, they are also written.
+PLAINTEXT: Final = "plaintext"
 
 
 class UnknownOptionWarning(UserWarning):
@@ -137,10 +139,14 @@ def _one_of(*words: str) -> Callable[[object], str]:
     return parse
 
 
+def _split(value: object) -> list[str]:
+    words = re.split(r"[\s,]+", value) if isinstance(value, str) else map(str, value or ())  # type: ignore[call-overload]
+    return [word for word in words if word]
+
+
 def _words(value: object) -> tuple[str, ...]:
     """A list, or text with blanks, commas or line ends between its words."""
-    words = re.split(r"[\s,]+", value) if isinstance(value, str) else map(str, value or ())  # type: ignore[call-overload]
-    return tuple(dict.fromkeys(word for word in words if word))
+    return tuple(dict.fromkeys(_split(value)))
 
 
 def _fields(value: object) -> tuple[str, ...]:
@@ -152,14 +158,16 @@ def _fields(value: object) -> tuple[str, ...]:
 
 
 def _secrets(value: object) -> tuple[str, ...]:
-    secrets = _words(value)
-    for number, secret in enumerate(secrets, 1):
-        if len(secret) < SHORTEST_SECRET:
+    words = _split(value)
+    if words.count(PLAINTEXT) > 1:
+        raise ValueError(f"the word {PLAINTEXT} is there twice; in front it stops encryption, behind the keys not")
+    for number, secret in enumerate(words, 1):
+        if len(secret) < SHORTEST_SECRET and secret != PLAINTEXT:
             raise ValueError(
-                f"key {number} has {len(secret)} characters, at least {SHORTEST_SECRET} are needed; make one by "
-                "python3 -c 'import secrets; print(secrets.token_hex(32))'"
+                f"word {number} has {len(secret)} characters; a key needs at least {SHORTEST_SECRET}, make one by "
+                f"python3 -c 'import secrets; print(secrets.token_hex(32))' (the one other word is {PLAINTEXT})"
             )
-    return secrets
+    return () if words == [PLAINTEXT] else tuple(dict.fromkeys(words))
 
 
 def _prefix(value: object) -> str:
@@ -210,6 +218,7 @@ class Settings:
     #: The sessions' top-level keys by whose values sessions can be found (`beaker_statestore.sessions`).
     index: tuple[str, ...] = _option(_fields, ())
     #: Secrets to encrypt every document with: the first encrypts, all decrypt. None: documents are stored in the clear.
+    #: The word ``plaintext`` behind them: those in the clear are read, too; in front: and written.
     store_key: tuple[str, ...] = field(default=(), metadata={"parse": _secrets}, repr=False)
     #: What becomes of what JSON does not have: ``strict``, it is refused; ``tagged``, it is stored as
     #: ``{"$datetime": ...}`` and the like; ``warn``, the same, and each kind is logged.
@@ -300,7 +309,20 @@ def _read_file(path: str, section: str | None, outer: Mapping[str, str]) -> tupl
         there = ", ".join(f"[{name}]" for name in parser.sections()) or "none"
         raise ConfigurationError(f"{path} has no section [{error.section}]; there are {there}") from error
     except (configparser.Error, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not a valid INI file: {error}") from error
+        raise ConfigurationError(f"{path} is not a valid INI file: {_what_is_wrong(error)}") from None
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """What the parser says, without the text that it shows: there may be a secret in it."""
+    if isinstance(error, configparser.InterpolationMissingOptionError):
+        return f"[{error.section}] {error.option} uses %({error.reference})s, which nothing sets"
+    if isinstance(error, configparser.InterpolationError):
+        return f"[{error.section}] {error.option} has a % that cannot be filled in; a % itself is written %%"
+    if isinstance(error, configparser.MissingSectionHeaderError):
+        return f"line {error.lineno} stands before any [section]"
+    if isinstance(error, configparser.ParsingError):
+        return f"line {error.errors[0][0]} is neither an option nor a [section], nor indented to go on with one"
+    return str(error)
 
 
 def _read_section(

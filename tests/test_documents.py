@@ -327,6 +327,10 @@ def test_a_normalized_copy_is_equal_and_shares_no_container(document: Document) 
     assert not set(containers(copy)) & set(containers(document))
 
 
+def test_a_tuple_becomes_a_list_before_it_is_compared() -> None:
+    assert documents.same(documents.normalize({"a": ((1, 2), ())}), {"a": [[1, 2], []]})
+
+
 def test_our_own_field_names_are_refused_to_applications() -> None:
     for name in ("_expires", "_serializer", "_opaque"):
         with pytest.raises(DocumentRefusedError, match=rf"session\['{name}'\] is a name that the store uses itself"):

@@ -236,3 +236,52 @@ def test_any_other_prefix_is_refused_with_the_reason(prefix: str, complaint: str
 def test_a_namespace_that_does_not_fit_its_kind_is_refused(kind: str, name: str | None) -> None:
     with pytest.raises(ConfigurationError):
         Namespace("", kind, name)
+
+
+# -- what record keys tell, and what of them is shown
+
+
+@given(st.lists(st.sampled_from(TOKENS), max_size=4).map("".join).filter(valid), st.sampled_from(sorted(KINDS)), texts)
+def test_a_record_key_tells_its_prefix_and_kind(prefix: str, kind: str, text: str) -> None:
+    assert keys.prefix_and_kind(namespace(prefix, kind, text).record(text)) == (prefix, kind)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [b"", b"session", b"sessions:x", b"SESSION:x", b"a b session:x", b"\xffsession:x", b"p" * 65 + b"session:x"],
+)
+def test_what_no_valid_prefix_begins_is_no_record_key_of_ours(record: bytes) -> None:
+    assert keys.prefix_and_kind(record) is None
+
+
+ID = "0123456789abcdef0123456789abcdef"
+HASH = "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize(
+    ("record", "shown"),
+    [
+        (f"session:{ID}", "session:01234567…"),
+        (f"shop:session:{ID}:x", "shop:session:01234567…:x"),
+        (f"session:sha256-{HASH}", "session:sha256-01234567…"),
+        ("session:short", "session:short"),
+        ("session:f81d4fae-7dec-11d0-a765-00a0c91e6bf6", "session:f81d4fae…"),
+        (f"lock:cart:{ID}", "lock:cart:01234567…"),
+        (f"index:user:sha256-{HASH}", "index:user:sha256-01234567…"),
+        (f"index:user:{ID}0", f"index:user:{ID}0"),
+        (f"cache:ns:{ID}", f"cache:ns:{ID}"),
+        (f"state:{ID}@x", "state:01234567…@x"),
+        (f"theirs {ID}", f"theirs {ID}"),
+        (b"session:\xff" + ID.encode(), "session:\udcff0123456…"),
+    ],
+)
+def test_no_whole_session_id_is_shown(record: str | bytes, shown: str) -> None:
+    assert keys.shortened(record) == shown
+
+
+@given(st.sampled_from(sorted(KINDS - {"cache"})), st.uuids(version=4), st.booleans())
+def test_whatever_kind_holds_an_id_it_is_shortened(kind: str, session_id: uuid.UUID, hashed: bool) -> None:
+    name = session_id.hex
+    record = Namespace("", kind, None if kind in keys.UNDIVIDED else name, hash_ids=hashed).record(name)
+    assert name[:9] not in keys.shortened(record)
+    assert record.startswith(keys.shortened(record).partition("…")[0].encode())

@@ -17,6 +17,7 @@ import sys
 import tracemalloc
 import uuid
 import zlib
+import zoneinfo
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -37,6 +38,7 @@ from beaker_statestore.payloads import Form, Payload
 FORMS: list[Form] = ["pickle", "json"]
 SERIALIZERS: dict[str, Any] = {"pickle": util.PickleSerializer(), "json": util.JsonSerializer()}
 HERE = __name__
+BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
 
 
 def payload_of(data: bytes) -> str:
@@ -507,11 +509,17 @@ def watching() -> Iterator[list[str]]:
 class PythonUnpickler(pickle._Unpickler):
     """The unpickler of interpreters that have no C."""
 
+    special = payloads._Unpickler.special
+
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._stand_ins: dict[Any, Any] = {}
 
     find_class = payloads._Unpickler.find_class
+
+
+class PythonTaggedUnpickler(PythonUnpickler):
+    special = payloads._TaggedUnpickler.special
 
 
 @pytest.fixture(params=["C", "Python"])
@@ -520,6 +528,7 @@ def unpickler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     assert payloads._Unpickler.__mro__[1].__module__ == "_pickle"
     if request.param == "Python":
         monkeypatch.setattr(payloads, "_Unpickler", PythonUnpickler)
+        monkeypatch.setattr(payloads, "_TaggedUnpickler", PythonTaggedUnpickler)
     return str(request.param)
 
 
@@ -534,15 +543,16 @@ def test_the_poison_is_real(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", HARMFUL)
+@pytest.mark.parametrize("types", ["strict", "tagged", "warn"])
 @pytest.mark.parametrize("encrypted", [False, True])
 @pytest.mark.parametrize("nonce", ["", "QUJDREVGR0hJSktMTU5PUA=="])
 def test_nothing_in_a_pickle_runs(
-    name: str, nonce: str, encrypted: bool, unpickler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, nonce: str, encrypted: bool, types: str, unpickler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     payload = nonce + payload_of(HARMFUL[name])
     with watching() as events, contextlib.suppress(DocumentRefusedError):
-        read = payloads.read(payload, encrypted=encrypted)
+        read = payloads.read(payload, encrypted=encrypted, types=types)
         # All harm had been thrown away within the pickle, or, as nobody can read it, it may be ciphertext.
         assert read == (Payload(opaque=payload) if encrypted else Payload({}, "pickle"))
     assert events == []
@@ -578,6 +588,170 @@ def test_harmful_pickles_are_refused_unless_all_harm_was_thrown_away(name: str, 
         refusal(payload_of(HARMFUL[name]))
 
 
+# -- the tagged types' spellings
+
+
+def tagged_of(data: bytes) -> Any:
+    document = payloads.read(payload_of(data), types="tagged").document
+    assert document is not None
+    return document["a"]
+
+
+LATIN = "c_codecs\nencode\n(V{}\nVlatin1\ntR"
+NOON = LATIN.format("\x07\\u00ea\x0b\x15\x0c\x00\x00\x00\x00\x05")
+TWELVE = LATIN.format("\x0c\x00\x00\x00\x00\x05")
+#: Protocol 2 as Pythons 3.10 to 3.13 write it, put down so that no later one can change what is tested.
+SPELLINGS = {
+    "datetime": (f"cdatetime\ndatetime\n({NOON}tR", {"$datetime": "2026-11-21T12:00:00.000005"}),
+    "aware": (
+        f"cdatetime\ndatetime\n({NOON}cdatetime\ntimezone\n(cdatetime\ntimedelta\n(I-1\nI68400\nI0\ntRtRtR",
+        {"$datetime": "2026-11-21T12:00:00.000005-05:00"},
+    ),
+    "aware, named": (
+        f"cdatetime\ntime\n({TWELVE}cdatetime\ntimezone\n(cdatetime\ntimedelta\n(I0\nI0\nI0\ntRVGMT\ntRtR",
+        {"$time": "12:00:00.000005+00:00"},
+    ),
+    "zoned": (
+        (
+            f"cdatetime\ntime\n({TWELVE}c__builtin__\ngetattr\n(czoneinfo\nZoneInfo\nV_unpickle\ntR"
+            "(VEurope/Berlin\nI1\ntRtR"
+        ),
+        {"$time": "12:00:00.000005[Europe/Berlin]"},
+    ),
+    "fold": (
+        "cdatetime\ntime\n(" + LATIN.format("\\u008c\x00\x00\x00\x00\x05") + "tR",
+        {"$time": "12:00:00.000005[_fold=1]"},
+    ),
+    "date": ("cdatetime\ndate\n(" + LATIN.format("\x07\\u00ea\x0b\x15") + "tR", {"$date": "2026-11-21"}),
+    "timedelta": ("cdatetime\ntimedelta\n(I-1\nI2\nI3\ntR", {"$timedelta": [-1, 2, 3]}),
+    "Decimal": ("cdecimal\nDecimal\n(V1.10\ntR", {"$decimal": "1.10"}),
+    "UUID": ("cuuid\nUUID\n)\x81}Vint\nI5\nsb", {"$uuid": "00000000-0000-0000-0000-000000000005"}),
+    "UUID of libuuid": (
+        "cuuid\nUUID\n)\x81}(Vint\nI5\nVis_safe\nI0\nub",
+        {"$uuid": "00000000-0000-0000-0000-000000000005"},
+    ),
+    "set": ("c__builtin__\nset\n(](Vb\nVa\netR", {"$set": ["a", "b"]}),
+    "frozenset": (
+        "c__builtin__\nfrozenset\n(](c__builtin__\nfrozenset\n(]tRetR",
+        {"$frozenset": [{"$frozenset": []}]},
+    ),
+    "bytes": (LATIN.format("a\\u00ff"), {"$bytes": "Yf8="}),
+    "no bytes": ("c__builtin__\nbytes\n)R", {"$bytes": ""}),
+    "tuple": ("(I1\nI2\nt", {"$tuple": [1, 2]}),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_the_spellings_of_protocol_2_are_read(name: str, unpickler: str) -> None:
+    text, expected = SPELLINGS[name]
+    data = b"\x80\x02}Va\n" + text.encode("latin-1") + b"s."
+    assert tagged_of(data) == expected
+    if name != "tuple":
+        refusal(payload_of(data))
+
+
+EACH: list[Any] = [
+    datetime.datetime(2026, 11, 21, 12, 0, 0, 5), datetime.datetime(1, 1, 1, tzinfo=datetime.timezone.utc),
+    datetime.datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=datetime.timezone(datetime.timedelta(0, 1), "X")),
+    datetime.datetime(2026, 7, 1, tzinfo=BERLIN), datetime.time(1, 2, tzinfo=BERLIN), datetime.date(1, 1, 1),
+    datetime.timedelta.min, datetime.timedelta.max, decimal.Decimal("-0"), decimal.Decimal("1E+400"), uuid.uuid1(),
+    uuid.uuid4(), {1, "a", b"", None}, frozenset({(1, frozenset())}), b"", bytes(range(256)), (), (1, ({2},)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("value", EACH, ids=lambda value: type(value).__name__)
+def test_what_this_python_writes_is_read(value: Any, protocol: int, unpickler: str) -> None:
+    for dumps in (pickle.dumps, pickle._dumps):  # type: ignore[attr-defined]  # C's and pickle.py's own
+        read = payloads.read(payload_of(dumps({"a": value, "b": [value]}, protocol)), types="tagged")
+        assert read.document is not None
+        seen = pickle.loads(base64.b64decode(payloads.write(read.document, "pickle", types="tagged")))
+        assert seen == {"a": value, "b": [value]}
+        assert type(seen["a"]) is type(value)
+
+
+MALFORMED = {
+    "no arguments": "cdatetime\ndatetime\n)R",
+    "numbers": "cdatetime\ndatetime\n(I2026\nI1\nI1\ntR",
+    "text": "cdatetime\ndatetime\n(V0123456789\ntR",
+    "short": "cdatetime\ndatetime\n(" + LATIN.format("\x07") + "tR",
+    "month 13": "cdatetime\ndate\n(" + LATIN.format("\x07\x07\x0d\x01") + "tR",
+    "hour 99": "cdatetime\ntime\n(" + LATIN.format("\x63\x00\x00\x00\x00\x00") + "tR",
+    "too many": "cdatetime\ndate\n(" + LATIN.format("\x07\x07\x01\x01") + "I1\ntR",
+    "a zone that is none": "cdatetime\ntime\n(" + LATIN.format("\x01\x00\x00\x00\x00\x00") + "I1\ntR",
+    "a zone that is a set": "cdatetime\ntime\n(" + LATIN.format("\x01\x00\x00\x00\x00\x00") + "cbuiltins\nset\n(]tRtR",
+    "an offset of days": "cdatetime\ntime\n(" + LATIN.format("\x01\x00\x00\x00\x00\x00") +
+    "cdatetime\ntimezone\n(cdatetime\ntimedelta\n(I9\nI0\nI0\ntRtRtR",
+    "a file for a zone": "cdatetime\ntime\n(" + LATIN.format("\x01\x00\x00\x00\x00\x00") +
+    "c__builtin__\ngetattr\n(czoneinfo\nZoneInfo\nV_unpickle\ntR(V../../etc/passwd\nI1\ntRtR",
+    "a class as a zone": "cdatetime\ntime\n(" + LATIN.format("\x01\x00\x00\x00\x00\x00") + "cos\nsystem\ntR",
+    "a huge span": "cdatetime\ntimedelta\n(I" + "9" * 4000 + "\nI0\nI0\ntR",
+    "a span of floats": "cdatetime\ntimedelta\n(F1.5\nF2.5\nF3\ntR",
+    "a span of truth": "cdatetime\ntimedelta\n(I01\nI01\nI01\ntR",
+    "no number": "cdecimal\nDecimal\n(Vone\ntR",
+    "a number as Python does not write it": "cdecimal\nDecimal\n(V 1_0\ntR",
+    "a number beyond all": "cdecimal\nDecimal\n(V1E+" + "9" * 30 + "\ntR",
+    "a number of a float": "cdecimal\nDecimal\n(F1.5\ntR",
+    "NaN": "cdecimal\nDecimal\n(VsNaN\ntR",
+    "no id": "cuuid\nUUID\n)\x81",
+    "an id without its number": "cuuid\nUUID\n)\x81}b",
+    "an id too large": "cuuid\nUUID\n)\x81}Vint\nI" + "9" * 50 + "\nsb",
+    "an id called": "cuuid\nUUID\n(V00000000-0000-0000-0000-000000000005\ntR",
+    "an id with more": "cuuid\nUUID\n)\x81}(Vint\nI5\nVx\nI0\nub",
+    "gigabytes": "c__builtin__\nbytes\n(I99999999999\ntR",
+    "another encoding": "c_codecs\nencode\n(Vabc\nVzlib\ntR",
+    "too wide": LATIN.format("\\u4e2d"),
+    "a set of a number": "c__builtin__\nset\n(I5\ntR",
+    "a set of lists": "c__builtin__\nset\n(](]etR",
+    "a set with a member twice": "c__builtin__\nset\n(](I1\nI1\netR",
+    "a set with more members": "c__builtin__\nset\n(]tR(I1\ne",
+    "a set with a state": "c__builtin__\nset\n(]tR}b",
+    "keywords": "c__builtin__\nset\n(]t}Vx\nI1\ns\x92",
+    "a class": "cdatetime\ndatetime\n",
+    "a zone itself": "cdatetime\ntimezone\n(cdatetime\ntimedelta\n(I0\nI0\nI0\ntRtR",
+    "rebuilt": "ccopy_reg\n_reconstructor\n(cdatetime\ndatetime\nc__builtin__\nobject\nNtR",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_calls_that_no_pickler_writes_are_refused_by_place(name: str, unpickler: str) -> None:
+    data = b"\x80\x04}Va\n](" + MALFORMED[name].encode("latin-1") + b"es."
+    tracemalloc.start()
+    try:
+        with watching() as events:
+            message = refusal(payload_of(data), types="tagged")
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert message.startswith("session['a'][0]")
+    assert events == []
+
+
+def test_a_set_that_contains_itself_is_refused() -> None:
+    data = b"\x80\x02}Va\n]q\x010c__builtin__\nset\n(h\x01tRq\x020h\x01h\x02a0h\x02s."
+    assert "contains itself" in refusal(payload_of(data), types="tagged")
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("in a set", "session['a'][*] is an eval; "), ("as an argument", "session['a'] is a str; "),
+     ("as state", "session['a'] is a collections.OrderedDict; "), ("as a key", "session has a key that is an eval; ")],
+)  # fmt: skip
+def test_a_poisoned_session_of_tagged_types_is_refused_by_place_and_name(
+    name: str, complaint: str, unpickler: str
+) -> None:
+    for protocol in (2, 4):
+        assert refusal(payload_of(RUNNING[f"{name}, protocol {protocol}"]), types="tagged").startswith(complaint)
+
+
+def test_another_librarys_zone_is_named() -> None:
+    class_of_zone = b"cpytz\n_UTC\n)R"
+    data = b"\x80\x02}Va\ncdatetime\ntime\n(" + LATIN.format("\x01\x00\x00\x00\x00\x00").encode() + class_of_zone
+    assert refusal(payload_of(data + b"tRs."), types="tagged") == (
+        "session['a'] is a time with a pytz._UTC for its zone; use datetime.timezone or zoneinfo.ZoneInfo"
+    )
+
+
 @pytest.fixture
 def registered() -> Iterator[int]:
     """A number of copyreg's extension registry that stands for os.system."""
@@ -589,15 +763,22 @@ def registered() -> Iterator[int]:
         copyreg._extension_cache.pop(240, None)  # type: ignore[attr-defined]  # it has no public name
 
 
+@pytest.mark.parametrize("types", ["strict", "tagged"])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("opcode", [b"\x82\xf0", b"\x83\xf0\x00", b"\x84\xf0\x00\x00\x00"])
 def test_extension_codes_reach_nothing_and_leave_nothing_behind(
-    opcode: bytes, cached: bool, registered: int, unpickler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opcode: bytes,
+    cached: bool,
+    types: str,
+    registered: int,
+    unpickler: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if cached:
         assert pickle.loads(b"\x80\x02" + opcode + b".") is os.system
-    message = refusal(payload_of(b"\x80\x02}" + opcode + f"(Vtouch {MARKER}\ntR0.".encode()))
+    message = refusal(payload_of(b"\x80\x02}" + opcode + f"(Vtouch {MARKER}\ntR0.".encode()), types=types)
     assert "uses copyreg's extension codes" in message
     assert not list(tmp_path.iterdir())
     assert pickle.loads(b"\x80\x02" + opcode + b".") is os.system
@@ -630,7 +811,7 @@ for _ in range(int(sys.argv[3])):
         else:
             mangled[at:at] = bytes([chance.choice(b"0122NRbicoPQ()]}lt\\x81\\x82\\x85\\x90\\x92\\x93\\x97")])
     try:
-        payloads.read(base64.b64encode(mangled).decode())
+        payloads.read(base64.b64encode(mangled).decode(), types=sys.argv[4])
     except DocumentError:
         refused += 1
 print(refused > 0)
@@ -642,8 +823,10 @@ def test_damaged_pickles_are_read_or_refused_and_nothing_else(protocol: int) -> 
     shared = {"user": "zoe", "n": [1, 2**40, -1.5, True]}
     plain = {**shared, "in": {"a": None, "b": ["é"]}}
     refused = {**shared, "when": datetime.datetime(2010, 1, 1), "in": {"a": Plain(), "b": {1}}}
-    for seed, value in enumerate((plain, refused)):
-        arguments = [str(seed), payload_of(pickle.dumps(value, protocol)), "20000"]
+    times = (refused["when"], datetime.datetime(2010, 1, 1, tzinfo=BERLIN), datetime.time(tzinfo=datetime.timezone.utc))
+    calls = {**shared, "times": times, "set": {b"a", decimal.Decimal(1), frozenset({1})}, "id": uuid.UUID(int=1)}
+    for seed, (value, types) in enumerate(((plain, "strict"), (refused, "strict"), (calls, "tagged"))):
+        arguments = [str(seed), payload_of(pickle.dumps(value, protocol)), "8000", types]
         done = subprocess.run([sys.executable, "-c", MANGLER, *arguments], capture_output=True, text=True, timeout=60)
         # CPython's unpickler may grumble on stderr about a bytearray that it has cut off itself.
         assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

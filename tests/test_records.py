@@ -210,3 +210,65 @@ def test_the_variable_counts_only_where_nothing_else_says_which_store(
     assert CliRunner().invoke(main, ["ping", "--ini", str(ini), "--section", "app:a"]).exit_code == 0
     unsure = CliRunner().invoke(main, ["ping", "--ini", str(ini)])
     assert "say which section" in unsure.output
+
+
+# -- session ids
+
+ID = "0123456789abcdef0123456789abcdef"
+HASH = "fedcba9876543210" * 4
+
+
+def test_listings_show_no_whole_session_id(run: Any, prefix: str, ini: str) -> None:
+    for key in (f"session:{ID}", f"session:sha256-{HASH}", f"lock:session:{ID}"):
+        run("put", prefix + key, "{}")
+    shown = [prefix + key for key in ("lock:session:01234567…", "session:01234567…", "session:sha256-fedcba98…")]
+    assert [json.loads(line) for line in run("keys", prefix).output.splitlines()] == shown
+    assert on_a_terminal("keys", prefix, "--ini", ini).splitlines() == shown
+
+
+@pytest.mark.parametrize(
+    "abbreviation",
+    ["session:01234567…", "session:01234567", "session:0123456789ab", "session:0123456789ab…", f"session:{ID}"],
+)
+def test_a_session_is_found_by_the_beginning_of_its_id(run: Any, prefix: str, abbreviation: str) -> None:
+    for key in (f"session:{ID}", f"session:{ID}:cart", f"session:{'0123456f' * 4}", f"session:sha256-{HASH}"):
+        run("put", prefix + key, json.dumps({"key": key}))
+    assert json.loads(run("get", prefix + abbreviation).output) == {"key": f"session:{ID}"}
+    assert json.loads(run("get", f"{prefix}session:01234567…:cart").output) == {"key": f"session:{ID}:cart"}
+    assert json.loads(run("get", f"{prefix}session:sha256-fedcba98…").output) == {"key": f"session:sha256-{HASH}"}
+    assert run("delete", prefix + abbreviation).exit_code == 0
+    gone = run("get", prefix + abbreviation)
+    assert gone.exit_code == 1
+    assert gone.output.startswith(f"Error: there is no record {prefix}session:01234567")
+    assert ID not in gone.output
+    assert len(run("keys", prefix).output.splitlines()) == 3
+
+
+@pytest.mark.parametrize("command", ["get", "delete"])
+def test_an_abbreviation_of_several_is_of_none(run: Any, prefix: str, command: str) -> None:
+    for end in "ab":
+        run("put", f"{prefix}session:{ID[:-1]}{end}", "{}")
+    refused = run(command, f"{prefix}session:0123456789…")
+    assert refused.exit_code == 1
+    assert refused.output == f"Error: {prefix}session:01234567… stands for 2 records; give more of the id\n"
+    assert len(run("keys", prefix).output.splitlines()) == 2
+
+
+@pytest.mark.parametrize("key", ["session:0123456…", "session:0123456", "session:sha256-f…", "cache:ns:01234567…"])
+def test_too_little_finds_nothing(run: Any, prefix: str, key: str) -> None:
+    for there in (f"session:{ID}", f"session:sha256-{HASH}", f"cache:ns:{ID}"):
+        run("put", prefix + there, "{}")
+    assert run("delete", prefix + key).exit_code == 1
+    assert len(run("keys", prefix).output.splitlines()) == 3
+
+
+def test_an_index_shows_no_whole_session_id_but_raw(run: Any, prefix: str, ini: str) -> None:
+    twin = f"01234567{'0' * 24}"
+    text = json.dumps({ID: 1.5, twin: 2.5, f"sha256-{HASH}": [ID]})
+    run("put", f"{prefix}index:user:zed", text)
+    shown = {"01234567…": 1.5, "01234567… (2)": 2.5, "sha256-fedcba98…": ["01234567…"]}
+    assert json.loads(run("get", f"{prefix}index:user:zed").output) == shown
+    assert json.loads(on_a_terminal("get", f"{prefix}index:user:zed", "--ini", ini)) == shown
+    assert json.loads(run("get", "--raw", f"{prefix}index:user:zed").output) == json.loads(text)
+    run("put", f"{prefix}cache:ns:zed", text)
+    assert json.loads(run("get", f"{prefix}cache:ns:zed").output) == json.loads(text)

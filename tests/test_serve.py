@@ -24,13 +24,13 @@ SERVE = [sys.executable, "-m", "beaker_statestore", "serve"]
 
 @contextmanager
 def serving(*arguments: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """The process, and what it prints at its start: two lines."""
+    """The process, and what it prints at its start: three lines."""
     process = subprocess.Popen(
         [*SERVE, *arguments], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert process.stdout is not None
     try:
-        yield process, [process.stdout.readline() for _ in range(2)]
+        yield process, [process.stdout.readline() for _ in range(3)]
     finally:
         process.kill()
         process.wait(PATIENCE)
@@ -47,10 +47,11 @@ def refused(*arguments: str, cwd: Path) -> str:
 
 def test_it_says_where_it_listens_what_it_serves_and_what_a_crash_can_lose(tmp_path: Path) -> None:
     arguments = ["--listen", "127.0.0.1:0", "--listen", "unix:s", "--db", "var/lib/state.lmdb"]
-    with serving(*arguments, cwd=tmp_path) as (process, (first, second)):
+    with serving(*arguments, cwd=tmp_path) as (process, (first, second, third)):
         match = re.fullmatch(r"statestore \S+ serves var/lib/state\.lmdb at (127\.0\.0\.1:\d+), unix:s\n", first)
         assert match
         assert second.startswith("In a crash: a dying process loses nothing")
+        assert third.startswith("Every 600 s it removes expired documents")
         with RawClient(Address.parse(match[1])) as client, RawClient(Address(path=str(tmp_path / "s"))) as other:
             assert client.ask(PUT(b"k", b"v")) == [Reply(SUCCESS)]
             assert other.ask(GET(b"k")) == [Reply(SUCCESS, b"v")]
@@ -82,7 +83,7 @@ def test_it_stops_in_order_when_told_to_and_keeps_what_it_has(tmp_path: Path, nu
     ],
 )
 def test_what_a_crash_can_lose_depends_on_the_store(tmp_path: Path, arguments: list[str], promise: str) -> None:
-    with serving("--listen", "unix:s", *arguments, cwd=tmp_path) as (_, (_, second)):
+    with serving("--listen", "unix:s", *arguments, cwd=tmp_path) as (_, (_, second, _)):
         assert promise in second
 
 
@@ -161,8 +162,10 @@ def test_a_taken_port_is_named_with_its_holder_and_the_remedy(tmp_path: Path) ->
 def test_the_command_is_installed_under_its_name() -> None:
     command = Path(sys.executable).with_name("statestore")
     said = subprocess.run([command, "serve", "--help"], text=True, capture_output=True, timeout=PATIENCE, check=True)
-    for option in ("--listen", "--db", "--sync", "--allow-remote", "--max-connections", "--max-message", "--patience"):
+    for option in ("--listen", "--db", "--sync", "--sweep", "--allow-remote"):
         assert option in said.stdout
+    for limit in ("--max-connections", "--max-message", "--max-memory", "--patience"):
+        assert limit in said.stdout
 
 
 # -- who holds a port

@@ -21,9 +21,16 @@ from beaker.crypto import noencryption
 from beaker.session import Session
 
 from beaker_statestore import observe
-from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError, DocumentRefusedError
+from beaker_statestore.exceptions import (
+    ConfigurationError,
+    ConflictError,
+    DocumentDamagedError,
+    DocumentRefusedError,
+)
 from beaker_statestore.namespace import TCJSONNamespaceManager
+from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
+from beaker_statestore.testing import FaultyStore
 
 
 class Visitor:
@@ -104,7 +111,7 @@ def test_two_tabs_that_add_different_keys_keep_both(visitor: Visitor) -> None:
 
 def test_a_slow_reader_does_not_undo_a_quick_writer(visitor: Visitor, counted: dict[str, int]) -> None:
     visitor.starts_with(n=1)
-    reader, writer = visitor.request(), visitor.request()
+    reader, writer = visitor.request(touch_interval=0), visitor.request()
     writer["n"] = 2
     writer.save()
     reader.save(accessed_only=True)
@@ -232,7 +239,7 @@ def test_true_and_one_are_different_values(visitor: Visitor) -> None:
 def test_reading_notes_the_time_of_access(visitor: Visitor, stored: Any) -> None:
     visitor.starts_with(user="zed")
     before = stored(visitor)["_accessed_time"]
-    reader = visitor.request()
+    reader = visitor.request(touch_interval=0)
     reader.save(accessed_only=True)
     assert stored(visitor)["_accessed_time"] > before
 
@@ -271,7 +278,7 @@ def test_without_a_timeout_any_more_a_session_that_is_read_never_expires(
     options: dict[str, Any], stored: Any, serializer: str
 ) -> None:
     visitor = Visitor(options, data_serializer=serializer, timeout=60).starts_with(user="zed")
-    visitor.request(timeout=None).save(accessed_only=True)
+    visitor.request(timeout=None, touch_interval=0).save(accessed_only=True)
     assert "_expires" not in stored(visitor)
 
 
@@ -446,3 +453,128 @@ def test_a_chosen_session_id_is_stored_under_its_hash(options: dict[str, Any], s
     (key,) = store.keys(options["prefix"].encode())
     assert key.startswith(options["prefix"].encode() + b"session:")
     assert b"chosen" not in key
+
+
+def test_conflict_raise_refuses_what_another_request_has_changed(
+    options: dict[str, Any], serializer: str, counted: dict[str, int]
+) -> None:
+    visitor = Visitor(options, data_serializer=serializer, conflict="raise").starts_with(n=1, color="red")
+    first, second = visitor.request(), visitor.request()
+    first["n"] = 2
+    second["n"] = 3
+    second["color"] = "blue"
+    first.save()
+    with pytest.raises(ConflictError, match="'n'") as raised:
+        second.save()
+    assert raised.value.fields == ("n",)
+    assert visitor.sees() == {"n": 2, "color": "red"}
+    assert counted["session.conflict"] == 1
+
+
+def test_conflict_raise_accepts_equal_and_different_keys(options: dict[str, Any], serializer: str) -> None:
+    visitor = Visitor(options, data_serializer=serializer, conflict="raise").starts_with(n=1)
+    first, second = visitor.request(), visitor.request()
+    first.update(n=2, a=1)
+    second.update(n=2, b=1)
+    first.save()
+    second.save()
+    assert visitor.sees() == {"n": 2, "a": 1, "b": 1}
+
+
+def test_a_commit_that_was_done_without_an_answer_is_no_conflict(
+    options: dict[str, Any], serializer: str, counted: dict[str, int]
+) -> None:
+    faulty = FaultyStore(open_store(options["url"]))
+    visitor = Visitor({**options, "url": faulty}, data_serializer=serializer, conflict="raise").starts_with(n=1)
+    request = visitor.request()
+    request["n"] = 2
+    faulty.fail(1, executed=True)
+    request.save()
+    assert faulty.calls == ["compare_and_swap", "get"]
+    assert "session.conflict" not in counted
+    assert visitor.sees() == {"n": 2}
+
+
+def test_a_save_of_what_is_there_already_writes_nothing(options: dict[str, Any], serializer: str) -> None:
+    faulty = FaultyStore(open_store(options["url"]))
+    visitor = Visitor({**options, "url": faulty}, data_serializer=serializer, timeout=6000).starts_with(n=1)
+    request = visitor.request()
+    faulty.fail(99)
+    request.save()
+    request["n"] = 1
+    request.save()
+    assert faulty.calls == []
+
+
+@pytest.mark.parametrize(
+    ("timeout", "idle", "touched"), [(None, 59, False), (None, 61, True), (300, 29, False), (300, 31, True)]
+)
+def test_a_touch_is_written_when_the_last_is_old_enough(
+    options: dict[str, Any], stored: Any, store: Store, serializer: str, timeout: int | None, idle: int, touched: bool
+) -> None:
+    """Every 60 seconds, and never less often than ten times in a timeout."""
+    visitor = Visitor(options, data_serializer=serializer, timeout=timeout).starts_with(n=1)
+    record = stored(visitor)
+    record["_accessed_time"] -= idle
+    store.put(f"{options['prefix']}session:{visitor.id}".encode(), json.dumps(record).encode())
+    visitor.request().save(accessed_only=True)
+    assert (stored(visitor)["_accessed_time"] > record["_accessed_time"]) is touched
+
+
+def test_a_session_in_use_ends_at_max_lifetime(
+    options: dict[str, Any], stored: Any, store: Store, serializer: str
+) -> None:
+    visitor = Visitor(options, data_serializer=serializer, timeout=600, max_lifetime=3600).starts_with(n=1)
+    record = stored(visitor)
+    assert record["_expires"] == pytest.approx(time.time() + 720, abs=5)
+    record["_creation_time"] -= 3590
+    record["_expires"] = record["_creation_time"] + 3600
+    store.put(f"{options['prefix']}session:{visitor.id}".encode(), json.dumps(record).encode())
+    request = visitor.request()
+    request["n"] = 2
+    request.save()
+    assert stored(visitor)["_expires"] == pytest.approx(record["_creation_time"] + 3600, abs=0.01)
+    assert visitor.sees() == {"n": 2}
+    # Records from before the option was set know nothing of it.
+    record["_creation_time"] -= 20
+    store.put(f"{options['prefix']}session:{visitor.id}".encode(), json.dumps(record).encode())
+    late = visitor.request()
+    assert late.is_new
+    assert "n" not in late
+    late["m"] = 1
+    late.save()
+    assert visitor.sees() == {"m": 1}
+
+
+def test_max_lifetime_alone_gives_an_expiry(options: dict[str, Any], stored: Any, serializer: str) -> None:
+    visitor = Visitor(options, data_serializer=serializer, max_lifetime=3600).starts_with(n=1)
+    record = stored(visitor)
+    assert record["_expires"] == record["_creation_time"] + 3600
+
+
+def test_a_slow_request_puts_nothing_into_the_session_that_was_begun_after_a_logout(visitor: Visitor) -> None:
+    """Stock Beaker goes on with the id of the cookie, so the next session of this browser has the same."""
+    visitor.starts_with(user="zed")
+    slow, logout = visitor.request(), visitor.request()
+    logout.delete()
+    logout.save()
+    visitor.starts_with(user="ann")
+    slow["cart"] = ["zed's book"]
+    slow.save()
+    assert visitor.sees() == {"user": "ann"}
+
+
+def test_a_commit_of_what_another_request_has_committed_writes_nothing(
+    options: dict[str, Any], serializer: str
+) -> None:
+    """Also where the same document is never the same bytes twice."""
+    faulty = FaultyStore(open_store(options["url"]))
+    visitor = Visitor({**options, "url": faulty, "store_key": "0123456789abcdef" * 4}, data_serializer=serializer)
+    visitor.starts_with(n=1)
+    slow, quick = visitor.request(), visitor.request()
+    quick["n"] = 2
+    quick.save()
+    slow["n"] = 2
+    faulty.fail(99)
+    slow.save()
+    assert faulty.calls == ["compare_and_swap", "get"]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+from beaker import crypto
+from beaker.crypto import noencryption
 from beaker.middleware import SessionMiddleware
+from beaker.session import Session
 from webtest import TestApp
 
-from beaker_statestore.exceptions import ConfigurationError, StoreUnavailable
+from beaker_statestore.exceptions import ConfigurationError, ConflictError, StoreUnavailable
 from beaker_statestore.stores import open_store
 from beaker_statestore.testing import FaultyStore
-from beaker_statestore.websession import OutageFilter, filter_app_factory, make_filter
+from beaker_statestore.websession import OutageFilter, StateSession, filter_app_factory, make_filter
 
 
 def counting(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -46,6 +50,7 @@ def settings(request: pytest.FixtureRequest, faulty: FaultyStore) -> dict[str, A
     return {
         "beaker.session.url": faulty,
         "beaker.session.timeout": 600,
+        "beaker.session.touch_interval": 0,
         "beaker.session.secret": "not much of one",
         "beaker.session.data_serializer": request.param,
     }
@@ -163,12 +168,89 @@ def test_an_application_that_catches_the_outage_gets_the_same_session_when_it_is
     assert patient_browser.get("/read").text == "nobody 1"
 
 
-def test_a_cipher_that_authenticates_nothing_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="pycryptodome"):
-        make_filter(
-            counting,
-            {**settings, "beaker.session.encrypt_key": "key", "beaker.session.crypto_type": "pycryptodome"},
-        )
+ENCIPHERED = {
+    "beaker.session.encrypt_key": "key",
+    "beaker.session.validate_key": "another",
+    "beaker.session.encrypted": "true",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"beaker.session.crypto_type": "pycryptodome"}, "pycryptodome"),
+        ({"beaker.session.encrypted": "false"}, "store_key"),
+        ({"beaker.session.validate_key": ""}, "validate_key"),
+    ],
+)
+def test_an_encryption_that_would_not_protect_is_refused(
+    settings: dict[str, Any], changed: dict[str, Any], message: str
+) -> None:
+    make_filter(counting, {**settings, **ENCIPHERED})
+    with pytest.raises(ConfigurationError, match=message):
+        make_filter(counting, {**settings, **ENCIPHERED, **changed})
+
+
+@pytest.mark.parametrize("module", ["noencryption", "pycrypto"])
+def test_encryption_without_its_library_is_refused(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    # pycrypto itself cannot be imported without the library that it is for.
+    stand_in = types.SimpleNamespace(**{**vars(noencryption), "__name__": f"beaker.crypto.{module}"})
+    monkeypatch.setitem(crypto.CRYPTO_MODULES, "default", stand_in)
+    with pytest.raises(ConfigurationError, match="pip install cryptography"):
+        make_filter(counting, {**settings, **ENCIPHERED})
+
+
+class OwnSession(Session):
+    """An application's own."""
+
+
+class OwnStateSession(StateSession):
+    """Another application's own."""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, StateSession),
+        ("", StateSession),
+        (OwnSession, OwnSession),
+        (f"{__name__}:OwnSession", OwnSession),
+        (f"{__name__}:OwnStateSession", OwnStateSession),
+    ],
+)
+def test_the_session_is_ours_unless_the_application_has_its_own_class(
+    settings: dict[str, Any], given: Any, expected: type
+) -> None:
+    classes: list[type] = []
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        classes.append(type(environ["beaker.session"]._session()))
+        return counting(environ, start_response)
+
+    browser = TestApp(make_filter(application, {**settings, "beaker.session.session_class": given}))
+    assert browser.get("/visit").text == "nobody 1"
+    assert classes == [expected]
+
+
+@pytest.mark.parametrize("given", ["dict", "no.such:Module", f"{__name__}:Nothing", "not a name", dict, 42])
+def test_a_session_class_that_is_none_is_named(settings: dict[str, Any], given: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"session_class is .*(package\.module:Class|StateSession)"):
+        make_filter(counting, {**settings, "beaker.session.session_class": given})
+
+
+@pytest.mark.parametrize("timeout", [None, "600"])
+def test_sessions_without_an_end_are_warned_about_once(
+    faulty: FaultyStore, caplog: pytest.LogCaptureFixture, timeout: str | None
+) -> None:
+    given = {} if timeout is None else {"session.timeout": timeout}
+    browser = TestApp(make_filter(counting, {"session.url": faulty, **given}))
+    browser.get("/visit")
+    browser.get("/visit")
+    warned = [record.getMessage() for record in caplog.records if record.name == "beaker_statestore.websession"]
+    assert len(warned) == (timeout is None)
+    assert all("beaker.session.timeout is not set" in message for message in warned)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +277,22 @@ def test_another_back_end_is_left_to_beaker() -> None:
 def test_the_filter_is_a_paste_filter(faulty: FaultyStore) -> None:
     application = filter_app_factory(counting, {}, **{"beaker.session.url": faulty})
     assert TestApp(application).get("/visit").text == "nobody 1"
+
+
+def saving_early(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Set-Cookie", "a=b")])
+    raise ConflictError(["cart"])
+
+
+def saving_late(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+    yield from saving_early(environ, start_response)
+
+
+@pytest.mark.parametrize("application", [saving_early, saving_late])
+def test_a_conflict_is_a_409_without_a_cookie(application: Any) -> None:
+    response = TestApp(OutageFilter(application)).get("/", status=409)
+    assert "Set-Cookie" not in response.headers
+    assert "load the page again" in response.text
 
 
 def test_other_errors_are_none_of_the_filters_business() -> None:

@@ -57,7 +57,7 @@ def show_sign_in(visit: Visit) -> Response:
 
 @routes.post(f"/sign-in/(?P<secret>{SECRET})")
 def sign_in(visit: Visit) -> Response:
-    """Sign in. Until the browser has come with its new session, it can repeat this, and nobody else can."""
+    """Sign in. Until the browser has its new session, it can repeat this, and nobody else can."""
     address = visit.newsletter.sign_in(visit.captures["secret"], visit.visitor.make_token())
     if address is None:
         return _stale_link(visit)

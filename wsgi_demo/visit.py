@@ -92,7 +92,6 @@ class Visit:
 
     def page(self, template: str, status: int = 200, **values: Any) -> Response:
         """A page for this visitor."""
-        self.visitor.end_previous()
         return pages.render(
             template,
             status,

@@ -11,7 +11,6 @@ __all__ = ["Visitor"]
 ADDRESS = "address"
 TOKEN = "csrf_token"  # noqa: S105 - a name, no secret
 NOTICES = "notices"
-PREVIOUS = "previous_session"
 
 
 class Visitor:
@@ -49,28 +48,12 @@ class Visitor:
     def sign_in(self, address: str) -> None:
         """Make him the owner of ``address``, under a new session id: somebody may have planted the old one.
 
-        Nothing of the old session is in the new one. The old one ends when the browser comes with the new one (see
-        `end_previous`), not before: if the answer to this request is lost, the old one is all that the browser has.
+        Nothing that the old session had is in the new one; and the old one ends only once the new one is stored, so
+        that a request that an outage breaks off can be repeated (`beaker_statestore.websession.StateSession`).
         """
-        previous = self._session.id
         self._session.clear()
         self._session.regenerate_id()
         self._session[ADDRESS] = address
-        self._session[PREVIOUS] = previous
-        self._session.save()
-
-    def end_previous(self) -> None:
-        """End the session that he had before he signed in, for whoever else may know its id.
-
-        Every page does so before it shows a form; so he can do nothing in the new session while the old one lives.
-        """
-        previous = self._session.pop(PREVIOUS, None)
-        if previous is None:
-            return
-        session = self._session.get_by_id(previous)
-        if session is not None:
-            session.delete()
-            session.save()
         self._session.save()
 
     def sign_out(self) -> None:

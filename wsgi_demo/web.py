@@ -71,8 +71,9 @@ class Web:
             response = request.get_response(self._error(request, 500))
         if response.status_code == 503:
             # From the session filter, or from a view that could not send a mail.
-            retry_after = {"Retry-After": response.headers.get("Retry-After", "5")}
-            response = request.get_response(self._error(request, 503, retry_after))
+            # With a cookie if there is one: then the session is stored, and under a new id.
+            headers = {"Retry-After": "5", **response.headers}
+            response = request.get_response(self._error(request, 503, headers))
         response.headers.update(pages.HEADERS)
         response.headers.setdefault("Cache-Control", "no-store")
         if "Location" in response.headers:
@@ -111,7 +112,7 @@ class Web:
             url=Visit(request, self._settings, self._newsletter, {}).url,
             letters=self._newsletter.letters,
         )
-        kept = ("Allow", "Retry-After")
+        kept = ("Allow", "Retry-After", "Set-Cookie")
         response.headers.update({name: value for name, value in (headers or {}).items() if name in kept})
         return response
 

@@ -1,31 +1,43 @@
 """A `Store` in a Tyrant server, over the wire.
 
 Each verb is one command, so that a verb is as atomic as the server makes the command; this module knows which, and
-nothing of sockets. ``compare_and_swap`` and ``scan`` are functions of our own server (`tyrant.swap`,
-`tyrant.paging`): whether the server has them is asked on every new connection before it is used for them.
+nothing of sockets. There are three kinds of server, told apart by a probe on every new connection:
+
+- our own has ``compare_and_swap`` and ``scan`` as functions (`tyrant.swap`, `tyrant.paging`), and its other commands
+  are atomic towards them;
+- an original ttserver with our script (`tyrant.original`) has functions for all changes, and only they heed each other;
+- an original ttserver without it cannot compare and swap: it is refused, or overwritten plainly where that is wanted.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Final, TypeVar
 
 from beaker_statestore.exceptions import ConfigurationError, OutcomeUnknown, StateStoreError, StoreUnavailable
 from beaker_statestore.stores.base import PAGE, Store
 from beaker_statestore.stores.urls import options
-from beaker_statestore.tyrant import paging, swap
+from beaker_statestore.tyrant import original, paging, swap
 from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.client import (
     DEFAULT_CONNECT_TIMEOUT,
     DEFAULT_POOL_SIZE,
     DEFAULT_TIMEOUT,
+    Choice,
     Client,
+    MissingFunctionError,
     Pool,
+    describe,
 )
 from beaker_statestore.tyrant.commands import (
     CAS,
     EXT,
+    FWMKEYS,
     GET,
     MGET,
     MISC,
@@ -37,13 +49,16 @@ from beaker_statestore.tyrant.commands import (
     RNUM,
     SCAN,
     SIZE,
+    STAT,
     SUCCESS,
     SYNC,
     Reply,
     Request,
 )
 
-__all__ = ["TyrantStore"]
+__all__ = ["NotAtomicWarning", "TyrantStore"]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -52,16 +67,29 @@ N = TypeVar("N", int, float)
 #: they fit into what our server takes for one message, and it answers others between two commands.
 BATCH: Final = 50
 
-#: The ``ext`` option RDBXOLCKREC: one call at a time for each key. Ours needs no asking.
-_LOCK_RECORD: Final = 1
+#: A page of a scan has no more keys than this, whatever was asked for; our server gives no more either.
+LONGEST_PAGE: Final = 10_000
+
+#: Types of database, as ``stat`` names them, that change the values they are given, and do not say so.
+_UNFIT: Final = frozenset({"fixed-length", "table"})
+
+
+class NotAtomicWarning(UserWarning):
+    """A store overwrites records without being able to tell whether others have changed them."""
 
 
 class TyrantStore(Store):
     """The records of one Tyrant server."""
 
-    def __init__(self, client: Client) -> None:
-        """:param client: belongs to the store from now on, and is closed with it."""
+    def __init__(self, client: Client, *, atomic: bool = True) -> None:
+        """
+        :param client: belongs to the store from now on, and is closed with it.
+        :param atomic: as for `from_url`.
+        """
         self._client = client
+        self._atomic = atomic
+        #: The processes that have been warned.
+        self._warned: dict[int, object] = {}
 
     @classmethod
     def from_url(
@@ -80,6 +108,9 @@ class TyrantStore(Store):
         :param connect_timeout: how long opening a connection may take, in seconds.
         :param timeout: how long one call may take in all, in seconds.
         :param pool_size: the most connections to open.
+        :param atomic: whether to refuse an original ttserver without ``statestore.lua``. If not, its records are read,
+            compared and overwritten in steps, so that simultaneous changes overwrite each other. Wherever the server
+            can compare and swap, this makes no difference.
         :raises ConfigurationError: the URL or a number in it is wrong.
         """
         address = Address.parse(url.partition("?")[0])
@@ -89,7 +120,7 @@ class TyrantStore(Store):
             size=_number(given, "pool_size", int, pool_size),
             connect_timeout=_number(given, "connect_timeout", float, connect_timeout),
         )
-        return cls(Client(pool, timeout=_number(given, "timeout", float, timeout)))
+        return cls(Client(pool, timeout=_number(given, "timeout", float, timeout)), atomic=atomic)
 
     def __repr__(self) -> str:
         return f"<TyrantStore {self._client.pool.address}>"
@@ -106,44 +137,54 @@ class TyrantStore(Store):
         return found
 
     def put(self, key: bytes, value: bytes, expires_at: float | None = None) -> None:
-        self._done(PUT(key, value))
+        self._change(lambda server: [_put(server, key, value)])
 
     def put_many(self, items: Mapping[bytes, bytes]) -> None:
         for batch in _batches(items.items()):
-            self._done(MISC(b"putlist", list(chain.from_iterable(batch)), 0))
+            self._change(partial(_put_many, batch))
 
     def add(self, key: bytes, value: bytes, expires_at: float | None = None) -> bool:
-        return self._client.call(PUTKEEP(key, value)).status == SUCCESS
+        return self._decide(original.ADD, PUTKEEP(key, value), key, value)
 
     def delete(self, key: bytes) -> bool:
-        return self._client.call(OUT(key)).status == SUCCESS
+        return self._decide(original.DELETE, OUT(key), key)
 
     def delete_many(self, keys: Iterable[bytes]) -> None:
         for batch in _batches(keys):
-            self._done(MISC(b"outlist", batch, 0))
+            self._change(partial(_delete_many, batch))
 
     def compare_and_swap(
         self, key: bytes, expected: bytes | None, new: bytes | None, expires_at: float | None = None
     ) -> bool:
-        """As promised in `Verbs`.
+        """As promised in `Verbs`, unless the server is an original one without our script.
 
-        :raises ConfigurationError: the server is an original one.
+        :raises ConfigurationError: it is, and the store is to be atomic.
         """
-        reply = self._done(EXT(CAS, key, swap.pack(expected, new), _LOCK_RECORD), requires=CAS)
-        if reply.value not in (swap.SWAPPED, swap.NOT_SWAPPED):
-            raise OutcomeUnknown(f"the Tyrant server at {self._client.pool.address} answered cas with {reply.value!r}")
-        return bool(reply.value == swap.SWAPPED)
+        request = EXT(CAS, key, swap.pack(expected, new), original.LOCK_RECORD)
+        try:
+            return self._verdict(request, self._done(request, requires=CAS))
+        except MissingFunctionError as error:
+            if self._atomic:
+                raise ConfigurationError(
+                    f"{error}; or set atomic = no and let simultaneous changes overwrite each other"
+                ) from error
+        self._warn()
+        return self._overwrite(key, expected, new)
 
     def scan(
         self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = PAGE
     ) -> tuple[list[bytes], bytes | None]:
         """As promised in `Verbs`.
 
-        :raises ConfigurationError: the server is an original one.
+        :raises ConfigurationError: the server is an original one, and its database does not know its keys in order.
         """
         if limit < 1:
             raise ValueError(f"a page of {limit} keys would never end the scan")
-        reply = self._done(EXT(SCAN, prefix, paging.pack_request(cursor, limit), 0), requires=SCAN)
+        limit = min(limit, LONGEST_PAGE)
+        try:
+            reply = self._done(EXT(SCAN, prefix, paging.pack_request(cursor, limit), 0), requires=SCAN)
+        except MissingFunctionError:
+            return self._page(prefix, cursor, limit)
         return paging.unpack_page(reply.value)
 
     def count(self) -> int:
@@ -181,12 +222,117 @@ class TyrantStore(Store):
     def _done(self, request: Request, requires: bytes | None = None) -> Reply:
         """The reply to a request that only fails when something is wrong with the server."""
         reply = self._client.call(request, requires=requires)
+        self._check_done(request, reply)
+        return reply
+
+    def _check_done(self, request: Request, reply: Reply) -> None:
         if reply.status != SUCCESS:
             raise StoreUnavailable(
-                f"the Tyrant server at {self._client.pool.address} refused {request.command.name}: see its log, and "
+                f"the Tyrant server at {self._client.pool.address} refused {describe(request)}: see its log, and "
                 "whether the command is masked"
             )
-        return reply
+
+    def _change(self, choose: Choice) -> None:
+        """Have done all that ``choose`` makes for the server, whatever was there before."""
+        for request, reply in self._client.call_suitable(choose):
+            self._check_done(request, reply)
+            if request.command is EXT:
+                self._verdict(request, reply)
+
+    def _decide(self, function: bytes, command: Request, key: bytes, value: bytes = b"") -> bool:
+        """Whether ``function`` of our script or, where the server does not have it, ``command`` found what it needs."""
+
+        def choose(server: frozenset[bytes]) -> list[Request]:
+            return [EXT(function, key, value, original.LOCK_RECORD) if function in server else command]
+
+        ((request, reply),) = self._client.call_suitable(choose)
+        if request is command:
+            return reply.status == SUCCESS
+        self._check_done(request, reply)
+        return self._verdict(request, reply)
+
+    def _verdict(self, request: Request, reply: Reply) -> bool:
+        """What one of our functions answered that it has or has not done."""
+        if reply.value not in (swap.SWAPPED, swap.NOT_SWAPPED):
+            raise OutcomeUnknown(
+                f"the Tyrant server at {self._client.pool.address} answered {describe(request)} with {reply.value!r}"
+            )
+        return bool(reply.value == swap.SWAPPED)
+
+    # -- an original server
+
+    def _page(self, prefix: bytes, cursor: bytes | None, limit: int) -> tuple[list[bytes], bytes | None]:
+        kind = self._database_type()
+        if kind not in original.ORDERED:
+            raise ConfigurationError(
+                f"the keys of the ttserver at {self._client.pool.address} cannot be listed page by page, since its "
+                f"database ({kind}) does not know them in order: run `statestore serve` in its place, or start it "
+                f"with a B+ tree: {original.start_line()}"
+            )
+        return original.page(self._first_keys, prefix, cursor, limit)
+
+    def _first_keys(self, prefixes: Sequence[bytes], most: int) -> list[list[bytes]]:
+        requests = [FWMKEYS(prefix, most) for prefix in prefixes]
+        answers = self._client.call_suitable(lambda _: requests)
+        for request, reply in answers:
+            self._check_done(request, reply)
+        return [reply.value for _, reply in answers]
+
+    def _database_type(self) -> str:
+        text: str = self._done(STAT()).value.decode(errors="replace")
+        lines = dict(line.partition("\t")[::2] for line in text.splitlines())
+        # Where stat is masked, it says nothing of the database.
+        return lines.get("type", "of a type that its masked stat hides")
+
+    def _overwrite(self, key: bytes, expected: bytes | None, new: bytes | None) -> bool:
+        """compare_and_swap in steps, between which others may do what they like."""
+        if expected is None and new is not None:
+            return self.add(key, new)
+        if self.get(key) != expected:
+            return False
+        if new is not None:
+            self.put(key, new)
+            return True
+        return expected is None or self.delete(key)
+
+    def _warn(self) -> None:
+        """Warn once in each process."""
+        process, ticket = os.getpid(), object()
+        if process in self._warned:
+            return
+        address = self._client.pool.address
+        kind = self._database_type()
+        if kind in _UNFIT:
+            raise ConfigurationError(
+                f"the database of the ttserver at {address} ({kind}) does not keep values as they are given: start it "
+                f"with a B+ tree: {original.start_line()}"
+            )
+        if self._warned.setdefault(process, ticket) is not ticket:
+            return  # another thread was quicker
+        message = (
+            f"atomic = no, and the ttserver at {address} cannot compare and swap: simultaneous changes of a session "
+            "overwrite each other, and a request that was under way when a session was deleted brings it back. To lose "
+            f"nothing, run `statestore serve` in its place, or start it with our script: {original.start_line()}"
+        )
+        log.warning("%s", message)
+        warnings.warn(message, NotAtomicWarning, stacklevel=3)
+
+
+def _put(server: frozenset[bytes], key: bytes, value: bytes) -> Request:
+    return EXT(original.PUT, key, value, original.LOCK_RECORD) if original.PUT in server else PUT(key, value)
+
+
+def _put_many(batch: list[tuple[bytes, bytes]], server: frozenset[bytes]) -> list[Request]:
+    # Ours alone: an original's putlist heeds no lock, and makes second values of a key in a B+ tree.
+    if SCAN in server:
+        return [MISC(b"putlist", list(chain.from_iterable(batch)), 0)]
+    return [_put(server, key, value) for key, value in batch]
+
+
+def _delete_many(batch: list[bytes], server: frozenset[bytes]) -> list[Request]:
+    if original.DELETE in server:
+        return [EXT(original.DELETE, key, b"", original.LOCK_RECORD) for key in batch]
+    return [MISC(b"outlist", batch, 0)]
 
 
 def _batches(items: Iterable[T]) -> Iterable[list[T]]:

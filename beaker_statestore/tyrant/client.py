@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from beaker_statestore import observe
@@ -28,6 +28,7 @@ from beaker_statestore.exceptions import (
     StateStoreError,
     StoreUnavailable,
 )
+from beaker_statestore.tyrant import original
 from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.commands import (
     EXT,
@@ -42,7 +43,7 @@ from beaker_statestore.tyrant.commands import (
 )
 from beaker_statestore.tyrant.wire import ReplyDecoder, encode_request
 
-__all__ = ["Client", "Connection", "NotSentError", "Pool", "connect"]
+__all__ = ["Choice", "Client", "Connection", "MissingFunctionError", "NotSentError", "Pool", "connect", "describe"]
 
 DEFAULT_CONNECT_TIMEOUT: Final = 2.0
 DEFAULT_TIMEOUT: Final = 5.0
@@ -55,9 +56,16 @@ RETRY_PAUSE: Final = (0.02, 0.1)
 
 _RECEIVE_SIZE: Final = 65536
 
+#: Makes the requests to send out of what the server can do (`Connection.capabilities`). It may be called again.
+Choice = Callable[[frozenset[bytes]], Sequence[Request]]
+
 
 class NotSentError(StoreUnavailable):
     """The connection failed before the first byte of the request had left, so nobody has carried it out."""
+
+
+class MissingFunctionError(ConfigurationError):
+    """The server does not have one of our own functions. Nothing has been sent that needs it."""
 
 
 # -- one connection
@@ -173,7 +181,7 @@ class Connection:
     def capabilities(self, deadline: float) -> frozenset[bytes]:
         """The names of our own functions that the server has (see `swap`); asked once per connection.
 
-        An original server has none, unless somebody gave it a script that answers the probe.
+        An original server has none, unless it was given a script that answers the probe (see `original`).
 
         :raises NotSentError: the connection failed.
         :raises StoreUnavailable: the store behind the server failed, so that it could not say; ask again later.
@@ -257,7 +265,7 @@ class Connection:
             raise TimeoutError("the deadline has passed")
 
     def _failure(self, error: Exception, requests: Sequence[Request], *, begun: bool) -> StoreUnavailable:
-        names = ", ".join(dict.fromkeys(map(_name, requests)))
+        names = ", ".join(dict.fromkeys(map(describe, requests)))
         if isinstance(error, TimeoutError):
             what = f"the Tyrant server at {self.address} did not answer {names} in time"
             remedy = "see whether it is overloaded or stopped"
@@ -281,11 +289,12 @@ class Connection:
 
 def _store_failed(address: Address, request: Request) -> StoreUnavailable:
     return StoreUnavailable(
-        f"the store behind the Tyrant server at {address} failed to carry out {_name(request)}: see the server's log"
+        f"the store behind the Tyrant server at {address} failed to carry out {describe(request)}: see the server's log"
     )
 
 
-def _name(request: Request) -> str:
+def describe(request: Request) -> str:
+    """What to call ``request`` in a message, which shows no key and no value."""
     command, arguments = request
     if command in (EXT, MISC):
         return f"{command.name} {arguments[0].decode(errors='backslashreplace')}"
@@ -443,23 +452,43 @@ class Client:
         :raises StoreUnavailable: the request was not carried out, or it changes nothing.
         """
         (reply,) = self.pipeline([request], requires=requires)
-        if reply.status == STORE_FAILED:
-            raise _store_failed(self.pool.address, request)
+        self._check(request, reply)
         return reply
+
+    def call_suitable(self, choose: Choice) -> list[tuple[Request, Reply]]:
+        """The requests that ``choose`` makes for this server, each with its reply, of status `SUCCESS` or `FAILURE`.
+
+        They are sent together; errors as for `call`, and whatever ``choose`` raises.
+        """
+        answers = list(zip(*self._exchange(choose), strict=True))
+        for request, reply in answers:
+            self._check(request, reply)
+        return answers
 
     def pipeline(self, requests: Sequence[Request], *, requires: bytes | None = None) -> list[Reply]:
         """The replies to ``requests``, which are sent together, in order; errors as for `call`.
 
         A reply may have any status that there is. All requests are sent again if any is, and only if all may be.
         """
+        if requires is None:
+            return self._exchange(requests)[1]
+
+        def choose(capabilities: frozenset[bytes]) -> Sequence[Request]:
+            if requires not in capabilities:
+                raise _unsupported(self.pool.address, requires)
+            return requests
+
+        return self._exchange(choose)[1]
+
+    def _exchange(self, requests: Sequence[Request] | Choice) -> tuple[Sequence[Request], list[Reply]]:
+        """What was sent, in the end, and the replies to it."""
         deadline = time.monotonic() + self.timeout
         retried = False
         while True:
             connection = self.pool.acquire(deadline)
             try:
-                if requires is not None and requires not in connection.capabilities(deadline):
-                    raise _unsupported(self.pool.address, requires)
-                return connection.call(requests, deadline)
+                sent = requests(connection.capabilities(deadline)) if callable(requests) else requests
+                return sent, connection.call(sent, deadline)
             except OutcomeUnknown:
                 raise
             except StoreUnavailable as error:
@@ -474,6 +503,10 @@ class Client:
             self.pool.drop_idle()
             time.sleep(pause)
 
+    def _check(self, request: Request, reply: Reply) -> None:
+        if reply.status == STORE_FAILED:
+            raise _store_failed(self.pool.address, request)
+
     def close(self) -> None:
         """Close the pool."""
         self.pool.close()
@@ -485,10 +518,10 @@ class Client:
         self.close()
 
 
-def _unsupported(address: Address, function: bytes) -> ConfigurationError:
-    return ConfigurationError(
+def _unsupported(address: Address, function: bytes) -> MissingFunctionError:
+    return MissingFunctionError(
         f"the server at {address} is an original ttserver without our function {function.decode()!r}: run "
-        "`statestore serve` in its place, or give it a script that has the function"
+        f"`statestore serve` in its place, or start it with our script: {original.start_line()}"
     )
 
 

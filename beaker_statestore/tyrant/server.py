@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 from beaker_statestore import observe
 from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError
@@ -33,6 +33,8 @@ from beaker_statestore.tyrant.wire import Limits, RequestDecoder
 __all__ = ["Server", "ServerLimits"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Requests in one batch, and of one connection in one batch, so that nobody waits long behind others.
 BATCH: Final = 2000
@@ -113,6 +115,12 @@ class Server:
             connection.abort("it did not read its last replies")
         await asyncio.sleep(0)  # for the loop to tell them
         self._thread.shutdown()
+
+    async def between(self, job: Callable[[], T]) -> T:
+        """The result of ``job``, which uses the store for a short while, where and as batches do."""
+        if self._blocking:
+            return await self._loop.run_in_executor(self._thread, job)
+        return job()
 
     # -- what connections tell
 

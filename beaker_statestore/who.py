@@ -1,0 +1,89 @@
+"""``statestore who`` and ``statestore revoke``: a person's sessions and mail states, and ending the sessions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from datetime import datetime, timezone
+
+import click
+
+from beaker_statestore.records import Output, configured_store, output_option, store_options
+from beaker_statestore.router import RouterStateStorage
+from beaker_statestore.sessions import Sessions
+from beaker_statestore.settings import Settings
+
+__all__ = ["revoke", "who"]
+
+
+def _field_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--by",
+        "field",
+        metavar="KEY",
+        help="The key of the sessions that holds the value.  [default: the first of beaker.session.index]",
+    )(command)
+
+
+@click.command()
+@click.argument("address")
+@_field_option
+@store_options
+@output_option
+def who(settings: Settings, output: Output, address: str, field: str | None) -> None:
+    """Print the sessions and the mail states of ADDRESS.
+
+    ADDRESS is what the application keeps in its sessions for the user, and what the mail router calls the sender.
+    Sessions are found if beaker.session.index is set.
+    """
+    sessions = []
+    if settings.index or field:
+        sessions = Sessions(_indexed(settings, field)).of(address, field=field)
+    else:
+        click.echo("sessions are not found: beaker.session.index is not set (give --ini, or --by)", err=True)
+    storage = RouterStateStorage(url=configured_store(settings), prefix=settings.prefix, store_key=settings.store_key)
+    states = sorted(storage.states_of(address).items())
+    if output.as_json:
+        for session in sessions:
+            output.value(
+                {"session": session.shown_id, "begun": _time(session.created), "used": _time(session.accessed)}
+            )
+        for key, state in states:
+            output.value({"key": key, "state": state})
+        return
+    if sessions:
+        rows = [[s.shown_id, _time(s.created) or "", _time(s.accessed) or ""] for s in sessions]
+        output.table(["session", "begun", "last used"], rows)
+    if states:
+        output.table(["mail handlers", "state"], [[key, state] for key, state in states])
+    if not sessions and not states:
+        output.line(f"nothing is known of {address}")
+
+
+@click.command()
+@click.argument("address")
+@_field_option
+@store_options
+@output_option
+def revoke(settings: Settings, output: Output, address: str, field: str | None) -> None:
+    """End all sessions of ADDRESS, also those that requests are busy with.
+
+    Mail states stay as they are.
+    """
+    ended = Sessions(_indexed(settings, field)).revoke(address, field=field)
+    if output.as_json:
+        output.value({"ended": ended})
+    else:
+        output.line(f"ended {ended} session{'' if ended == 1 else 's'} of {address}")
+
+
+def _indexed(settings: Settings, field: str | None) -> Settings:
+    if field is None or field in settings.index:
+        return settings
+    return dataclasses.replace(settings, index=(*settings.index, field))
+
+
+def _time(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")

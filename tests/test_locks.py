@@ -1,0 +1,492 @@
+"""Leases: one holder at a time, whatever fails, stops or dies."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from beaker_statestore import locks, observe
+from beaker_statestore.exceptions import ContentionError, OutcomeUnknown, StoreUnavailable
+from beaker_statestore.locks import PATIENCE, Lease
+from beaker_statestore.stores import open_store
+from beaker_statestore.stores.base import Store
+from beaker_statestore.stores.memory import MemoryStore
+from beaker_statestore.testing import FaultyStore, ServerProcess, fork
+
+#: A lease that ends while a test waits, and one that does not, in seconds.
+SHORT = 0.4
+LONG = 60.0
+KEY = b"lock:test"
+
+forking = multiprocessing.get_context("fork")
+
+
+class Counted(observe.Listener):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def count(self, name: str, n: int = 1) -> None:
+        self.names += [name] * n
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is counted."""
+    listener = Counted()
+    monkeypatch.setattr(observe, "listener", listener)
+    return listener.names
+
+
+@pytest.fixture
+def key(options: dict[str, Any]) -> bytes:
+    prefix: str = options["prefix"]
+    return prefix.encode() + KEY
+
+
+def elsewhere(function: Callable[[], Any]) -> Any:
+    """What ``function`` answers in another thread."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(function).result(30)
+
+
+@contextmanager
+def holder(url: str, key: bytes, seconds: float) -> Iterator[SimpleNamespace]:
+    """Another process that has the lock, until it is told to release it (``release``), and says so (``released``)."""
+    held, release, released = (forking.Event() for _ in range(3))
+
+    def hold() -> None:
+        lease = Lease(open_store(url), key, seconds)
+        assert lease.acquire()
+        held.set()
+        release.wait(30)
+        lease.release()
+        released.set()
+
+    process = forking.Process(target=hold)
+    process.start()
+    try:
+        assert held.wait(10)
+        yield SimpleNamespace(pid=process.pid, release=release, released=released)
+    finally:
+        process.kill()
+        process.join(10)
+
+
+def test_one_has_it_at_a_time(store: Store, key: bytes) -> None:
+    lease = Lease(store, key, LONG)
+    assert lease.acquire()
+    assert elsewhere(lambda: Lease(store, key, LONG).acquire(wait=False)) is False
+    assert Lease(store, key + b"2", LONG).acquire(wait=False)
+    lease.release()
+    assert elsewhere(lambda: Lease(store, key, LONG).acquire(wait=False)) is True
+
+
+def test_the_same_thread_may_take_it_again(store: Store, key: bytes) -> None:
+    assert Lease(store, key, LONG).acquire()
+    assert Lease(store, key, LONG).acquire(wait=False)
+    Lease(store, key, LONG).release()
+    assert store.get(key) is not None
+    Lease(store, key, LONG).release()
+    assert store.get(key) is None
+    Lease(store, key, LONG).release()
+
+
+def test_a_thread_cannot_release_what_another_has(store: Store, key: bytes) -> None:
+    lease = Lease(store, key, LONG)
+    lease.acquire()
+    elsewhere(lease.release)
+    assert store.get(key) is not None
+
+
+def test_the_record_is_a_document_that_a_sweeper_can_clear(store: Store, key: bytes) -> None:
+    tokens = set()
+    for _ in range(2):
+        lease = Lease(store, key, LONG)
+        lease.acquire()
+        document = json.loads(store.get(key) or b"")
+        assert set(document) == {"token", "_expires"}
+        assert document["_expires"] > time.time() + LONG + 3600
+        tokens.add(document["token"])
+        lease.release()
+    assert len(tokens) == 2
+
+
+def test_no_increment_is_lost_under_it(store: Store, key: bytes) -> None:
+    total = [0]
+
+    def increment() -> None:
+        for _ in range(5):
+            lease = Lease(store, key, LONG)
+            assert lease.acquire()
+            seen = total[0]
+            time.sleep(0.001)
+            total[0] = seen + 1
+            lease.release()
+
+    with ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(increment) for _ in range(8)]:
+            done.result(30)
+    assert total == [40]
+
+
+def test_without_a_rival_it_takes_two_calls() -> None:
+    store = FaultyStore(MemoryStore())
+    lease = Lease(store, KEY, LONG)
+    lease.acquire()
+    lease.release()
+    assert store.calls == ["add", "compare_and_swap"]
+
+
+def test_one_thread_of_a_process_asks_for_all() -> None:
+    store = FaultyStore(MemoryStore())
+    lease = Lease(store, KEY, LONG)
+    lease.acquire()
+
+    def wait() -> None:
+        lease.acquire()
+        lease.release()
+
+    with ThreadPoolExecutor(20) as threads:
+        waiting = [threads.submit(wait) for _ in range(20)]
+        wait_until(lambda: store.calls.count("add") == 21)
+        locks._process.wake((store, KEY))  # one release is no reason to look for ever without a pause
+        begun = time.monotonic()
+        time.sleep(0.5)
+        looks = store.calls.count("get") / (time.monotonic() - begun)
+        lease.release()
+        for done in waiting:
+            done.result(30)
+    # One looks every 25 to 50 ms, a little more often at first; twenty would do so 400 times a second and more.
+    assert looks < 80
+
+
+def test_a_released_lock_is_soon_had_by_a_waiting_process(tyrant_server: ServerProcess) -> None:
+    waits = []
+    for n in range(5):
+        key = b"lock:soon%d" % n
+        with holder(tyrant_server.url, key, LONG) as other:
+            lease = Lease(open_store(tyrant_server.url), key, LONG)
+            begun = time.monotonic()
+            threading.Timer(0.2, other.release.set).start()
+            assert lease.acquire()
+            waits.append(time.monotonic() - begun - 0.2)
+            lease.release()
+    assert min(waits) >= 0
+    assert sorted(waits)[2] < 0.15  # about 0.015; Beaker's own looks every 0.2
+
+
+def test_within_a_process_a_release_ends_the_pause(store: Store, key: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "FIRST_PAUSE", 20.0)
+    monkeypatch.setattr(locks, "LONGEST_PAUSE", 20.0)
+    lease = Lease(store, key, LONG)
+    lease.acquire()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lease.acquire)
+        wait_until(locks._process.contest((store, key)).turn.locked)
+        lease.release()
+        assert waiting.result(5)
+
+
+def test_a_crashed_holder_is_succeeded_after_its_lease_and_not_before(
+    tyrant_server: ServerProcess, counted: list[str]
+) -> None:
+    key = b"lock:crash"
+    lease = Lease(open_store(tyrant_server.url), key, SHORT)
+    with holder(tyrant_server.url, key, SHORT) as other:
+        os.kill(other.pid, signal.SIGKILL)
+        begun = time.monotonic()
+        assert lease.acquire()
+        assert SHORT <= time.monotonic() - begun < SHORT + 1
+        assert counted == ["locks.taken_over"]
+    lease.release()
+
+
+def test_who_does_not_wait_succeeds_a_crashed_holder_too(store: Store, key: bytes) -> None:
+    """Beaker waits for no lock while it has a stale value to serve, so nobody else would succeed the holder."""
+    store.put(key, b"a crashed holder's")
+    lease = Lease(store, key, SHORT)
+    begun = time.monotonic()
+    wait_until(lambda: lease.acquire(wait=False))
+    assert SHORT <= time.monotonic() - begun < SHORT + 1
+
+
+def test_a_lock_that_changes_hands_is_not_taken_over(store: Store, key: bytes) -> None:
+    lease = Lease(store, key, SHORT)
+    deadline = time.monotonic() + 2.5 * SHORT
+    for n in itertools.count():
+        store.put(key, b"holder %d's" % n)
+        assert not lease.acquire(wait=False)
+        time.sleep(SHORT / 4)
+        if time.monotonic() > deadline:
+            return
+
+
+def test_a_holder_that_was_stopped_leaves_its_successors_lock_alone(tyrant_server: ServerProcess) -> None:
+    key = b"lock:stop"
+    store = open_store(tyrant_server.url)
+    lease = Lease(store, key, SHORT)
+    with holder(tyrant_server.url, key, SHORT) as other:
+        os.kill(other.pid, signal.SIGSTOP)
+        assert lease.acquire()
+        mine = store.get(key)
+        os.kill(other.pid, signal.SIGCONT)
+        other.release.set()
+        assert other.released.wait(10)
+    assert store.get(key) == mine
+    lease.release()
+    assert store.get(key) is None
+
+
+def test_a_lock_that_was_lost_is_counted(store: Store, key: bytes, counted: list[str]) -> None:
+    lease = Lease(store, key, LONG)
+    lease.acquire()
+    store.put(key, b"somebody else's")
+    lease.release()
+    assert store.get(key) == b"somebody else's"
+    assert counted == ["locks.lost"]
+
+
+def test_waiting_ends(store: Store, key: bytes) -> None:
+    """Also for the threads behind the one that looks."""
+    stop = threading.Event()
+
+    def hand_on() -> None:
+        for n in itertools.count():
+            store.put(key, b"holder %d's" % n)
+            if stop.wait(0.02):
+                return
+
+    hand = threading.Thread(target=hand_on)
+    hand.start()
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            begun = time.monotonic()
+            for waiting in [threads.submit(Lease(store, key, SHORT / 2).acquire) for _ in range(3)]:
+                with pytest.raises(
+                    ContentionError, match=r"others had the lock test\d+\.lock:test for all of the 0\.6 s"
+                ):
+                    waiting.result(10)
+            assert SHORT / 2 * PATIENCE <= time.monotonic() - begun < SHORT / 2 * PATIENCE + 1
+    finally:
+        stop.set()
+        hand.join(10)
+
+
+def test_clocks_that_jump_do_not_matter(store: Store, key: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    jumps = itertools.cycle([0.0, 4e9, 86400.0 * 365])
+    clock = SimpleNamespace(time=lambda: next(jumps), monotonic=time.monotonic)
+    monkeypatch.setattr(locks, "time", clock)
+    lease = Lease(store, key, SHORT)
+    assert lease.acquire()
+    assert not elsewhere(lambda: Lease(store, key, SHORT).acquire(wait=False))
+    begun = time.monotonic()
+    assert elsewhere(lambda: Lease(store, key, SHORT).acquire())
+    assert SHORT <= time.monotonic() - begun < SHORT + 1
+    lease.release()
+    assert store.get(key) is not None
+
+
+def test_a_child_has_none_of_its_parents_locks(store: Store, key: bytes) -> None:
+    lease = Lease(store, key, LONG)
+    lease.acquire()
+    mine = store.get(key)
+
+    def in_child() -> bool:
+        lease.release()
+        return store.get(key) == mine and not lease.acquire(wait=False)
+
+    assert fork(in_child)
+    lease.release()
+    assert store.get(key) is None
+
+
+def test_a_child_waits_for_no_thread_of_its_parent(store: Store, key: bytes) -> None:
+    lease = Lease(store, key, LONG)
+    lease.acquire()
+
+    def wait() -> None:
+        lease.acquire()
+        lease.release()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    contest = locks._process.contest((store, key))
+    wait_until(contest.turn.locked)
+
+    def in_child() -> bool:
+        store.delete(key)
+        return Lease(store, key, LONG).acquire()
+
+    try:
+        assert fork(in_child)
+    finally:
+        store.delete(key)
+        waiting.join(10)
+    assert not waiting.is_alive()
+
+
+# Failures
+
+
+@pytest.mark.parametrize("executed", [False, True])
+@pytest.mark.parametrize("for_good", [False, True])
+@pytest.mark.parametrize("before", ["free", "dead", "held"])
+def test_whatever_call_fails(executed: bool, for_good: bool, before: str) -> None:
+    """There is one holder or an error, and the lock can be had again, at the latest after the lease."""
+    for n in itertools.count(1):
+        store = FaultyStore(MemoryStore())
+        lease = Lease(store, KEY, 0.02)
+        if before != "free":
+            store.store.put(KEY, b"a holder's")
+            assert not lease.acquire(wait=False)
+        if before == "dead":
+            time.sleep(0.02)
+        store.fail(n, executed=executed, for_good=for_good)
+        acquired = False
+        try:
+            acquired = lease.acquire()
+            assert acquired
+            assert b"token" in (store.store.get(KEY) or b"")
+        except ContentionError:
+            raise
+        except StoreUnavailable:
+            assert store.has_failed
+        lease.release()
+        has_failed = store.has_failed
+        if not has_failed:
+            assert store.store.get(KEY) is None
+            return
+        store.heal()
+        # Another process: it knows nothing of what happened here.
+        begun = time.monotonic()
+        assert fork(Lease(store, KEY, 0.02).acquire)
+        assert time.monotonic() - begun < 5
+        # This one knows what it has left behind.
+        if acquired or before == "free":
+            assert elsewhere(partial(Lease(store, KEY, LONG).acquire, wait=False))
+
+
+def test_a_release_that_fails_is_told_and_does_no_harm(caplog: pytest.LogCaptureFixture, counted: list[str]) -> None:
+    """What was made under the lock is made, and Beaker is about to return it."""
+    store = FaultyStore(MemoryStore())
+    lease = Lease(store, KEY, LONG)
+    lease.acquire()
+    store.fail(1)
+    with caplog.at_level(logging.WARNING):
+        lease.release()
+    assert "the lock lock:test could not be released and stands for up to 60 s more" in caplog.text
+    assert counted == ["locks.release_failed"]
+    assert store.get(KEY) is not None
+    assert elsewhere(lambda: Lease(store, KEY, LONG).acquire(wait=False))
+
+
+def test_an_answer_that_was_lost_costs_nothing(counted: list[str]) -> None:
+    store = FaultyStore(MemoryStore())
+    lease = Lease(store, KEY, LONG)
+    store.fail(1, executed=True)
+    assert lease.acquire(wait=False)
+    store.fail(1, executed=True)
+    lease.release()
+    assert store.get(KEY) is None
+    assert counted == ["locks.outcome_unknown"] * 2
+
+
+def test_a_release_is_repeated_when_it_may_not_have_been_carried_out(counted: list[str]) -> None:
+    class Losing(MemoryStore):
+        lost = 0
+
+        def compare_and_swap(self, *arguments: Any) -> bool:
+            self.lost += 1
+            if self.lost == 1:
+                raise OutcomeUnknown("the connection broke, maybe before the request arrived")
+            return super().compare_and_swap(*arguments)
+
+    store = Losing()
+    lease = Lease(store, KEY, LONG)
+    lease.acquire()
+    lease.release()
+    assert store.get(KEY) is None
+    assert counted == ["locks.outcome_unknown"]
+
+
+def test_a_request_that_is_carried_out_late_is_recognised() -> None:
+    """A server that hung may do so after we have looked for what came of it."""
+
+    class Late(MemoryStore):
+        looks = 0
+        late: tuple[Any, ...] | None = None
+
+        def add(self, *arguments: Any) -> bool:
+            if self.late is None:
+                self.late = arguments
+                raise OutcomeUnknown("no answer in time")
+            return super().add(*arguments)
+
+        def get(self, key: bytes) -> bytes | None:
+            self.looks += 1
+            if self.looks == 2 and self.late:
+                super().add(*self.late)
+            return super().get(key)
+
+    store = Late()
+    lease = Lease(store, KEY, LONG)
+    assert lease.acquire(wait=False)
+    lease.release()
+    assert store.get(KEY) is None
+
+
+def test_a_store_that_hangs_keeps_no_queue() -> None:
+    """Each waiting thread would else meet a time-out of its own, one after the other."""
+
+    class Hanging(MemoryStore):
+        hangs = threading.Event()
+
+        def get(self, key: bytes) -> bytes | None:
+            if self.hangs.is_set():
+                time.sleep(0.3)
+                raise StoreUnavailable("no answer in time")
+            return super().get(key)
+
+    store = Hanging()
+    store.put(KEY, b"a holder's")
+    with ThreadPoolExecutor(10) as threads:
+        waiting = [threads.submit(Lease(store, KEY, LONG).acquire) for _ in range(10)]
+        contest = locks._process.contest((store, KEY))
+        wait_until(contest.turn.locked)
+        begun = time.monotonic()
+        store.hangs.set()
+        for one in waiting:
+            with pytest.raises(StoreUnavailable, match="no answer in time"):
+                one.result(10)
+        assert time.monotonic() - begun < 1.5
+
+
+def test_a_process_does_not_remember_every_lock_there_ever_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "MAX_CONTESTS", 3)
+    monkeypatch.setattr(locks, "_process", locks._Process())
+    store = MemoryStore()
+    for n in range(10):
+        store.put(b"%d" % n, b"a holder's")
+        assert not Lease(store, b"%d" % n, LONG).acquire(wait=False)
+    assert list(locks._process._contests) == [(store, b"7"), (store, b"8"), (store, b"9")]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
