@@ -6,6 +6,7 @@ This is the only door between Beaker and the stores. It must never know an engin
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import threading
@@ -33,7 +34,7 @@ from beaker_statestore.sessionrecord import SessionRecord
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
 
-__all__ = ["DocumentManager", "TCJSONContainer", "TCJSONNamespaceManager", "register"]
+__all__ = ["DocumentManager", "TCJSONContainer", "TCJSONNamespaceManager", "register", "warn_without_timeout"]
 
 log = logging.getLogger(__name__)
 
@@ -234,6 +235,8 @@ class TCJSONNamespaceManager(DocumentManager):
                     "beaker.session.index needs to look into sessions, and encrypt_key hides them: leave encrypt_key "
                     "and encrypted out, and set beaker.session.store_key"
                 )
+        if serves_session and timeout is None:
+            warn_without_timeout(self.settings)
         self._session = (
             SessionRecord(self.store, self.records.record(SESSION_KEY), self.settings, timeout)
             if serves_session
@@ -343,6 +346,16 @@ def require_authenticating_cipher() -> None:
         raise ConfigurationError(
             "beaker.session.encrypted is true, but Beaker does not find the one library with which it also "
             "authenticates what it deciphers: pip install cryptography"
+        )
+
+
+@functools.cache
+def warn_without_timeout(settings: Settings) -> None:
+    """Say in the log, once for each settings in a process, that sessions are kept for ever, unless they are not."""
+    if settings.max_lifetime is None:
+        log.warning(
+            "beaker.session.timeout is not set, so sessions never end and nothing removes them: set it to the seconds "
+            "after the last request at which they do, such as beaker.session.timeout = 86400"
         )
 
 

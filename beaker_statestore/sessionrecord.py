@@ -140,7 +140,7 @@ class SessionRecord:
         for key in (self._key,) if self._former is None else (self._former, self._key):
             if self._index is not None:
                 # Against requests that others have under way, a mark says more than absence does.
-                known = self._stored if self._base is not None and key == (self._former or self._key) else UNREAD
+                known = self._stored if key == (self._former or self._key) else UNREAD
                 self._store.modify(key, functools.partial(self._unless_revoked, key, None), known=known)
                 continue
             try:
@@ -283,7 +283,9 @@ class SessionRecord:
     def _modify(self, function: Callable[[bytes | None], bytes | None]) -> bytes | None:
         if self._former is not None:
             return self._move(self._former, function)
-        return self._store.modify(self._key, function, known=self._stored, expires_at=documents.expires_at)
+        # What was never loaded has just got its id: most likely there is no record.
+        known = None if isinstance(self._stored, Unread) else self._stored
+        return self._store.modify(self._key, function, known=known, expires_at=documents.expires_at)
 
     def _move(self, former: bytes, function: Callable[[bytes | None], bytes | None]) -> bytes | None:
         """Store under the new key what ``function`` makes of the former record, and then remove that one.

@@ -21,6 +21,7 @@ from beaker.middleware import SessionMiddleware
 from beaker.session import Session
 from webob.exc import HTTPConflict, HTTPServiceUnavailable
 
+from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import ACCESSED, CREATED
 from beaker_statestore.exceptions import (
     ConfigurationError,
@@ -30,7 +31,11 @@ from beaker_statestore.exceptions import (
     StoreUnavailable,
 )
 from beaker_statestore.keys import SESSION_KEY, is_session_id
-from beaker_statestore.namespace import TCJSONNamespaceManager, require_authenticating_cipher
+from beaker_statestore.namespace import (
+    TCJSONNamespaceManager,
+    require_authenticating_cipher,
+    warn_without_timeout,
+)
 from beaker_statestore.sessionrecord import CONFIGURATION
 from beaker_statestore.settings import SESSION_PREFIXES, Settings, session_options
 from beaker_statestore.stores import open_store
@@ -205,11 +210,9 @@ def make_filter(app: WSGIApplication, settings: Mapping[str, Any]) -> WSGIApplic
     _check_encryption(chosen, checked)
     chosen["session_class"] = _session_class(chosen.get("session_class"))
     open_store(checked.url, **checked.timing)
+    DocumentCodec.of(checked)
     if not chosen.get("timeout"):
-        log.warning(
-            "beaker.session.timeout is not set, so sessions never end: set it to the seconds after the last request "
-            "at which they do, such as beaker.session.timeout = 86400"
-        )
+        warn_without_timeout(checked)
     _keep_session_ids_out_of_warnings()
     return OutageFilter(SessionMiddleware(app, _prefixed(chosen)))
 

@@ -578,3 +578,13 @@ def test_a_commit_of_what_another_request_has_committed_writes_nothing(
     faulty.fail(99)
     slow.save()
     assert faulty.calls == ["compare_and_swap", "get"]
+
+
+@pytest.mark.parametrize(("given", "times"), [({}, 1), ({"timeout": 600}, 0), ({"max_lifetime": 600}, 0)])
+def test_sessions_that_never_end_are_warned_about_once(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture, given: dict[str, int], times: int
+) -> None:
+    visitor = Visitor({**options, **given})
+    visitor.request()
+    visitor.request()
+    assert [r.levelname for r in caplog.records if "timeout is not set" in r.getMessage()] == ["WARNING"] * times

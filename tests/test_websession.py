@@ -248,7 +248,7 @@ def test_sessions_without_an_end_are_warned_about_once(
     browser = TestApp(make_filter(counting, {"session.url": faulty, **given}))
     browser.get("/visit")
     browser.get("/visit")
-    warned = [record.getMessage() for record in caplog.records if record.name == "beaker_statestore.websession"]
+    warned = [record.getMessage() for record in caplog.records if record.name == "beaker_statestore.namespace"]
     assert len(warned) == (timeout is None)
     assert all("beaker.session.timeout is not set" in message for message in warned)
 

@@ -164,6 +164,7 @@ class Store(Verbs):
             something of the caller's own.)
         """
         deadline = time.monotonic() + CONTENTION_DEADLINE
+        verified = isinstance(known, Unread)
         current = self.get(key) if isinstance(known, Unread) else known
         # What swaps of unknown outcome may have written, or may yet: a stalled server can execute one late.
         unsure: list[bytes | None] = []
@@ -171,7 +172,13 @@ class Store(Verbs):
         while True:
             new = function(current)
             if new == current:
-                return current
+                if verified:
+                    return current
+                # It may have changed since the caller read it, and then there may be something to do after all.
+                current, verified = self.get(key), True
+                if current == new:
+                    return current
+                continue
             hint = expires_at(new) if self.expires and expires_at is not None and new is not None else None
             doubt: OutcomeUnknown | None = None
             try:
@@ -182,7 +189,7 @@ class Store(Verbs):
                 observe.count("store.outcome_unknown")
                 doubt = error
                 unsure.append(new)
-            current = self.get(key)
+            current, verified = self.get(key), True
             if current in unsure:
                 return current
             tries += 1

@@ -234,6 +234,13 @@ class StoreConformance:
         assert seen == ([b"current"] if known == b"current" else [known, b"current"])
         assert store.get(b"key") == b"current!"
 
+    def test_modify_does_not_take_the_callers_word_that_nothing_is_to_be_done(self, store: Store) -> None:
+        store.put(b"key", b"a rival's")
+        assert store.modify(b"key", lambda _old: b"wanted", known=b"wanted") == b"wanted"
+        assert store.get(b"key") == b"wanted"
+        assert store.modify(b"key", lambda _old: None, known=None) is None
+        assert store.get(b"key") is None
+
     def test_an_exception_of_modifys_function_changes_nothing(self, store: Store) -> None:
         store.put(b"key", b"1")
         with pytest.raises(ZeroDivisionError):
