@@ -17,6 +17,7 @@ import time
 from beaker_statestore import documents
 from beaker_statestore.documents import EXPIRES, SEALED, Document
 from beaker_statestore.exceptions import DocumentDamagedError, DocumentRefusedError
+from beaker_statestore.keys import shortened
 from beaker_statestore.sealing import Sealer, StoreKeyError
 from beaker_statestore.settings import PLAINTEXT, Settings
 
@@ -67,6 +68,20 @@ class DocumentCodec:
         """
         return self._opened(documents.decode(data), record)
 
+    def rewritten(self, data: bytes, record: bytes) -> bytes | None:
+        """``data`` as `encode` would store it today: sealed with the first key, or in the clear; None if it is so.
+
+        :raises DocumentDamagedError: it is none of ours.
+        :raises StoreKeyError: there is no key for it here.
+        """
+        stored = documents.decode(data)
+        text = stored.get(SEALED)
+        if text is None and not self._seals:
+            return None
+        if type(text) is str and self._seals and self._sealer is not None and self._sealer.is_latest(text):
+            return None
+        return self.encode(self._opened(stored, record), record, "document")
+
     def current(self, data: bytes | None, record: bytes) -> Document | None:
         """The document that is stored as ``data`` under ``record``; None if there is none or its time has come.
 
@@ -86,19 +101,23 @@ class DocumentCodec:
             if not self._reads_plain:
                 # Whoever can write to the store could otherwise make himself any session he likes.
                 raise StoreKeyError(
-                    "the record is in the clear, and store_key asks for sealed ones: to take over what was stored "
-                    f"without a key, write the word {PLAINTEXT} behind the keys for a while"
+                    f"{shortened(record)} is in the clear, and store_key asks for sealed records: to take over what "
+                    f"was stored without a key, write the word {PLAINTEXT} behind the keys for a while"
                 )
             return stored
         if self._sealer is None:
             raise StoreKeyError(
-                "the record is sealed: set store_key to the key that it was sealed with (beaker.session.store_key, or "
-                "beaker.cache.store_key for a cache)"
+                f"{shortened(record)} is sealed: set store_key to the key that it was sealed with "
+                "(beaker.session.store_key, or beaker.cache.store_key for a cache)"
             )
         text = stored[SEALED]
         if type(text) is not str or not stored.keys() <= {SEALED, EXPIRES}:
             raise DocumentDamagedError(f"the record has {SEALED!r}, but not as text with nothing besides {EXPIRES!r}")
-        return documents.decode(self._sealer.open(text, record))
+        try:
+            return documents.decode(self._sealer.open(text, record))
+        except StoreKeyError as error:
+            raise StoreKeyError(f"{shortened(record)}: {error}") from None
 
 
-_codec = functools.cache(DocumentCodec)
+# Settings may hold a store, so not for ever. An application has two or three.
+_codec = functools.lru_cache(maxsize=64)(DocumentCodec)

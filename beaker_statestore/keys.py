@@ -210,22 +210,15 @@ def is_session_id(text: str) -> bool:
 def shortened(record: bytes | str) -> str:
     """A record key as people are shown it: no session's id in it has more than `SHOWN` characters, and a ``…``.
 
-    So ``session:01234567…``, and ``session:sha256-01234567…`` where only hashes are stored. What is before the first
-    ``…`` is how the record key begins. A cache's keys are its application's own, digests among them, and stay whole.
-    What is not UTF-8 comes back as surrogates (PEP 383).
+    So ``session:01234567…``, and ``session:sha256-01234567…`` where only hashes are stored; no record of ours has an id
+    of another shape in its key. What is before the first ``…`` is how the record key begins. A cache's keys are its
+    application's own, digests among them, and stay whole. What is not UTF-8 comes back as surrogates (PEP 383).
     """
     text = record.decode("utf-8", "surrogateescape") if isinstance(record, bytes) else record
     match = _PREFIX_AND_KIND.match(text)
     if match is None or match[2] == "cache":
         return text
-    start, rest = match[0], text[match.end() :]
-    if match[2] == "session":
-        # Whatever its shape: it may be another program's, which Beaker cannot have made.
-        session_id, colon, rest = rest.partition(":")
-        shown = SHOWN + (len("sha256-") if session_id.startswith("sha256-") else 0)
-        start += session_id if len(session_id) <= shown else f"{session_id[:shown]}…"
-        start += colon
-    return start + shortened_ids(rest)
+    return match[0] + shortened_ids(text[match.end() :])
 
 
 def shortened_ids(text: str) -> str:

@@ -40,8 +40,10 @@ FIRST_PAUSE: Final = 0.001
 LONGEST_PAUSE: Final = 0.05
 #: How long after its lease a record may be cleared, in seconds: more than clocks of hosts differ.
 CLEARED_AFTER: Final = 86400.0
-#: About how many contested locks a process remembers at most.
+#: How many contested locks a process remembers. More are remembered only for a lease after each was last looked at.
 MAX_CONTESTS: Final = 1000
+#: How many failed attempts at one lock a process remembers, in case they turn up in the store later.
+MAX_ABANDONED: Final = 100
 
 #: One lock: its store and its record key.
 Place: TypeAlias = tuple[Store, bytes]
@@ -54,8 +56,11 @@ class Lease:
     :param seconds: how long the lock stands when its holder is heard of no more. The same for all who use it.
 
     A thread that holds it may acquire it again, by this object or by another of the same store and key, and releases
-    it as often. An instance keeps nothing of its own and may be shared by threads. A child of a fork holds none of
-    its parent's locks.
+    it as often. Once the lease is over, that is another lock: it is taken anew, and released once. So a thread that
+    was kept from releasing it does not have it for ever. An instance keeps nothing of its own and may be shared by
+    threads. A child of a fork holds none of its parent's locks.
+
+    Of the store it needs only `get` and `compare_and_swap`, so that one that could not release refuses to take.
     """
 
     def __init__(self, store: Store, key: bytes, seconds: float) -> None:
@@ -71,19 +76,25 @@ class Lease:
             Without, the answer comes at once, and is False if somebody else has it.
         :raises ContentionError: others held it all that time. It is no False, since Beaker's Value.get_value goes on
             to make the value whatever this answers, and all who have waited would do so at the same time.
-        :raises StoreUnavailable: the store failed. If it has the lock on record for us nevertheless, that ends with
-            the lease, or with the next `acquire` in this process.
+        :raises StoreUnavailable: the store failed. If it has the lock on record for us nevertheless, or ever will,
+            that ends with the lease, or with the next `acquire` in this process.
         """
         holding = _process.holdings.get(self._place)
-        if holding is not None:
+        now = time.monotonic()
+        if holding is not None and now - holding.since < self._seconds:
             holding.depth += 1
             return True
-        deadline = time.monotonic() + PATIENCE * self._seconds
         mine = _Holding.new(self._seconds)
-        if self._swap(None, mine) or (self._wait(mine, deadline) if wait else self._look(mine)):
+        try:
+            taken = self._swap(None if holding is None else holding.value, mine) or (
+                self._wait(mine, now + PATIENCE * self._seconds) if wait else self._look(mine)
+            )
+        except BaseException:  # a greenlet's time-out may end it, too
+            self._contest().abandon(mine.value)
+            raise
+        if taken:
             _process.holdings[self._place] = mine
-            return True
-        return False
+        return taken
 
     def release(self) -> None:
         """Give the lock back. Does nothing if this thread does not have it, or if somebody has taken it over.
@@ -101,7 +112,7 @@ class Lease:
             self._remove(holding.value)
         except StoreUnavailable as error:
             observe.count("locks.release_failed")
-            _process.contest(self._place).abandon(holding.value)
+            self._contest().abandon(holding.value)
             log.warning("%s could not be released and stands for up to %g s more: %s", self, self._seconds, error)
         _process.wake(self._place)
 
@@ -110,7 +121,7 @@ class Lease:
 
     def _wait(self, mine: _Holding, deadline: float) -> bool:
         """Whether the lock could be had by ``deadline``; one thread of each process looks, the others queue for it."""
-        contest = _process.contest(self._place)
+        contest = self._contest()
         begun = time.monotonic()
         if not contest.turn.acquire(timeout=max(0.0, deadline - begun)):
             raise self._contention()
@@ -145,7 +156,7 @@ class Lease:
             return True
         if current is None:
             return self._swap(None, mine)
-        if not _process.contest(self._place).stood_for(current, self._seconds):
+        if not self._contest().stood_for(current, self._seconds):
             return False
         taken = self._swap(current, mine)
         if taken:
@@ -154,17 +165,12 @@ class Lease:
 
     def _swap(self, expected: bytes | None, mine: _Holding) -> bool:
         """Whether the record was as expected and is ours now."""
+        mine.since = time.monotonic()
         try:
-            if expected is None:
-                return self._store.add(self._key, mine.value, mine.expires_at)
             return self._store.compare_and_swap(self._key, expected, mine.value, mine.expires_at)
         except OutcomeUnknown:
             observe.count("locks.outcome_unknown")
-        try:
-            return self._store.get(self._key) == mine.value
-        except StoreUnavailable:
-            _process.contest(self._place).abandon(mine.value)
-            raise
+        return self._store.get(self._key) == mine.value
 
     def _remove(self, mine: bytes) -> None:
         try:
@@ -175,6 +181,9 @@ class Lease:
             # Nobody else ever has this token, so it does no harm to do it twice.
             self._store.compare_and_swap(self._key, mine, None)
 
+    def _contest(self) -> _Contest:
+        return _process.contest(self._place, self._seconds)
+
     def _contention(self) -> ContentionError:
         return ContentionError(
             f"others had {self} for all of the {PATIENCE * self._seconds:g} s that we waited: see why what they do "
@@ -184,10 +193,11 @@ class Lease:
 
 @dataclass(slots=True)
 class _Holding:
-    """A lock that a thread has: the bytes of its record, and how often it was acquired."""
+    """A lock that a thread has: the bytes of its record, since when, by its own clock, and how often acquired."""
 
     value: bytes
     expires_at: float
+    since: float = -math.inf
     depth: int = 1
 
     @classmethod
@@ -199,7 +209,11 @@ class _Holding:
 
 
 class _Contest:
-    """What a process knows of a lock that others had when it wanted it. Needed for speed, not for correctness."""
+    """What a process knows of a lock that others had when it wanted it.
+
+    Without it the process begins to watch the record anew, so whoever looks at least once in a lease must find it
+    again: it is forgotten no earlier than that (`_Process.contest`).
+    """
 
     def __init__(self) -> None:
         #: Had by the thread that looks at the record; the others of this process wait for it.
@@ -208,13 +222,19 @@ class _Contest:
         self.released = threading.Event()
         #: When the store last failed the one whose turn it was, on the monotonic clock, and how.
         self.failure = (-math.inf, "")
+        #: Until when it may not be forgotten, on the monotonic clock.
+        self.needed_until = -math.inf
         self._seen: tuple[bytes | None, float] = (None, 0.0)
+        #: Only appended to and cut in front, each in one step, so threads need no lock for it.
+        self._abandoned: list[bytes] = []
 
     def stood_for(self, value: bytes, seconds: float) -> bool:
-        """Whether the record, just seen to be ``value``, was seen so ``seconds`` ago or earlier.
+        """Whether the record, just seen to be ``value``, was seen so ``seconds`` ago or earlier, or was abandoned.
 
         It was the same all the time between, as no two ever have the same token.
         """
+        if value in self._abandoned:
+            return True
         now = time.monotonic()
         seen, since = self._seen
         if seen != value:
@@ -223,7 +243,8 @@ class _Contest:
 
     def abandon(self, value: bytes) -> None:
         """Note that nobody has the lock, should the record be ``value``, so that nobody here waits for its end."""
-        self._seen = value, -math.inf
+        self._abandoned.append(value)
+        del self._abandoned[:-MAX_ABANDONED]
 
 
 class _Holdings(threading.local):
@@ -246,13 +267,21 @@ class _Process:
         """The locks that the current thread has."""
         return self._holdings.of
 
-    def contest(self, place: Place) -> _Contest:
-        """What is known of the lock; the longest unused is forgotten when there are too many."""
+    def contest(self, place: Place, seconds: float) -> _Contest:
+        """What is known of the lock, to be remembered for ``seconds`` at least.
+
+        When there are too many, the longest unused are forgotten whose time has come.
+        """
+        now = time.monotonic()
         with self._lock:
             contest = self._contests.pop(place, None) or _Contest()
+            contest.needed_until = now + seconds
             self._contests[place] = contest
-            if len(self._contests) > MAX_CONTESTS:
-                del self._contests[next(iter(self._contests))]
+            while len(self._contests) > MAX_CONTESTS:
+                oldest = next(iter(self._contests))
+                if self._contests[oldest].needed_until >= now:
+                    break
+                del self._contests[oldest]
             return contest
 
     def wake(self, place: Place) -> None:

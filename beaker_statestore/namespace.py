@@ -7,6 +7,7 @@ This is the only door between Beaker and the stores. It must never know an engin
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import sys
 import threading
@@ -28,7 +29,7 @@ from beaker_statestore.exceptions import (
     SessionUnavailable,
     StoreUnavailable,
 )
-from beaker_statestore.keys import SESSION_KEY
+from beaker_statestore.keys import SESSION_KEY, shortened
 from beaker_statestore.locks import Lease
 from beaker_statestore.sessionrecord import SessionRecord
 from beaker_statestore.settings import Settings
@@ -40,6 +41,12 @@ log = logging.getLogger(__name__)
 
 #: The name under which an INI file asks for this back end.
 TYPE: Final = "ext:tcjson"
+#: How messages about damaged sessions begin.
+DAMAGE: Final = "the stored session"
+#: How many characters of a cache's record key the log shows.
+LONGEST_SHOWN: Final = 100
+#: The longest record key, in bytes, that can be read in that of its lock, where it is escaped once more.
+LONGEST_IN_LOCK: Final = 250
 #: Of Beaker's crypto modules the one that enciphers by AES-GCM; the others' ciphertext can be forged.
 AUTHENTICATING: Final = "beaker.crypto.pyca_cryptography"
 
@@ -105,7 +112,7 @@ class DocumentManager(NamespaceManager):
                 document = self.codec.current(data, record)
             except DocumentDamagedError as error:
                 observe.count("documents.damaged")
-                log.warning("passed over %s: %s", record.decode("utf-8", "backslashreplace"), error)
+                log.warning("passed over %s: %s", shortened(record), error)
                 continue
             if document is not None:
                 found[wanted[record]] = document
@@ -181,8 +188,10 @@ class DocumentManager(NamespaceManager):
 
     def get_creation_lock(self, key: Any) -> Lease:
         """A lock for making one cache value, shared by all processes that use the store."""
-        record = self.records.record(self._key(key))[len(self.settings.prefix) :].decode("utf-8")
-        lock = keys.Namespace(self.settings.prefix, "lock", "creation").record(record)
+        record = self.records.record(self._key(key))[len(self.settings.prefix) :]
+        # A record key begins with its kind and a colon, so none looks like the hash of another.
+        name = record.decode() if len(record) <= LONGEST_IN_LOCK else f"sha256-{hashlib.sha256(record).hexdigest()}"
+        lock = keys.Namespace(self.settings.prefix, "lock", "creation").record(name)
         return Lease(self.store, lock, self.settings.creation_lease)
 
     def _key(self, key: Any) -> Any:
@@ -230,11 +239,6 @@ class TCJSONNamespaceManager(DocumentManager):
         super().__init__(namespace, kind="session" if serves_session else "cache", **options)
         if self.settings.encrypted:
             require_authenticating_cipher()
-            if self.settings.index:
-                raise ConfigurationError(
-                    "beaker.session.index needs to look into sessions, and encrypt_key hides them: leave encrypt_key "
-                    "and encrypted out, and set beaker.session.store_key"
-                )
         if serves_session and timeout is None:
             warn_without_timeout(self.settings)
         self._session = (
@@ -249,13 +253,22 @@ class TCJSONNamespaceManager(DocumentManager):
         try:
             return super().__contains__(key)
         except DocumentDamagedError:
-            # Beaker removes only what it finds (beaker.container.Value.clear_value).
+            # Beaker removes only what it finds (beaker.container.Value.clear_value). Where it reads, it takes the
+            # KeyError that comes next for absence (Value.get_value, has_current_value).
             return True
 
     def __getitem__(self, key: Any) -> Any:
         if self._session is not None and key == SESSION_KEY:
             return self._load_session(self._session)
-        document = super().__getitem__(key)
+        try:
+            document = super().__getitem__(key)
+        except DocumentDamagedError as error:
+            if self._session is not None:
+                raise
+            # What is in a cache can be made anew, and then overwrites the damage.
+            observe.count("documents.damaged")
+            _say_damaged(shortened(self.records.record(self._key(key)))[:LONGEST_SHOWN], str(error))
+            raise KeyError(key) from error
         if self.settings.types != "strict":
             document = tagged.untag(document)
         if "stored" in document:
@@ -325,6 +338,9 @@ class TCJSONNamespaceManager(DocumentManager):
             payload = session.load()
         except StoreUnavailable as error:
             raise SessionUnavailable(str(error), self.namespace) from error
+        except DocumentDamagedError as error:
+            log.warning("%s %s is damaged: %s", DAMAGE, shortened(self.records.record(SESSION_KEY)), error)
+            raise DocumentDamagedError(f"{DAMAGE} is damaged: {error}") from error
         if payload is None:
             raise KeyError(SESSION_KEY)
         return payload
@@ -357,6 +373,12 @@ def warn_without_timeout(settings: Settings) -> None:
             "beaker.session.timeout is not set, so sessions never end and nothing removes them: set it to the seconds "
             "after the last request at which they do, such as beaker.session.timeout = 86400"
         )
+
+
+@functools.lru_cache(maxsize=1000)
+def _say_damaged(entry: str, damage: str) -> None:
+    """Say in the log, once for each entry in a process, that a cache has it and cannot use it."""
+    log.warning("the entry %s is damaged and counts as absent: %s", entry, damage)
 
 
 def register() -> None:

@@ -36,9 +36,11 @@ __all__ = ["Form", "Payload", "read", "write"]
 #: Which of Beaker's serializers made a payload: its ``data_serializer``.
 Form = Literal["pickle", "json"]
 
-#: How much longer than our text of the same document Beaker's own may be: it writes "\u00e9" (6 bytes) for 2 bytes
-#: of UTF-8, and a pickle spends 4 bytes more on each short str. Our own limit is checked exactly afterwards.
-_VERBOSITY: Final = 8
+#: How many times the largest document Beaker's form of one may have, to be read at all. A document within the limit
+#: never has 8 times its length: Beaker writes "\u00e9" (6 bytes) for 2 bytes of UTF-8, and a pickle spends 4 bytes more
+#: on each short str. The rest is read for the sake of the message, which is to name the fields that take the room. It
+#: costs no more than a second copy of what the application has in memory; our own limit is checked exactly afterwards.
+_READ: Final = 32
 #: The longest nonce that we look for, in characters; 24 for 128 bits is Beaker's default, 8 what it had before 1.8.
 _MAX_NONCE: Final = 64
 #: The pickle protocol that Beaker writes (beaker.util.PickleSerializer).
@@ -83,18 +85,19 @@ def read(payload: object, *, encrypted: bool = False, max_bytes: int = MAX_BYTES
         none: tags in it are stored as they are.
     :raises DocumentRefusedError: it holds what JSON cannot, or nobody can tell what it holds, or it is not encrypted
         although it should be.
-    :raises ValueTooLargeError: it is too large.
+    :raises ValueTooLargeError: it is too large. The message names the largest fields, unless Beaker's form of it is
+        longer than 32 times ``max_bytes``: so much is not even read.
     """
     if not isinstance(payload, str):
         raise DocumentRefusedError(f"a session's payload is a str, but this is a {type(payload).__name__}")
-    if len(payload) > _VERBOSITY * max_bytes:
+    if len(payload) > _READ * max_bytes:
         raise ValueTooLargeError(
             f"the session takes {len(payload):,} characters in Beaker's form; the limit is {max_bytes:,} bytes of JSON"
         )
     form = _form(payload)
     if form is not None:
         try:
-            value = _load(payload, form, _VERBOSITY * max_bytes, _Unpickler if types == "strict" else _TaggedUnpickler)
+            value = _load(payload, form, _READ * max_bytes, _Unpickler if types == "strict" else _TaggedUnpickler)
         except _Unreadable as error:
             if not encrypted:
                 raise DocumentRefusedError(f"the session looks like Beaker's {form}, but {error}") from None
@@ -104,7 +107,7 @@ def read(payload: object, *, encrypted: bool = False, max_bytes: int = MAX_BYTES
             if form == "json":
                 return Payload(documents.normalize(value, "session", max_bytes), form)
             return Payload(tagged.tag(value, types, "session", max_bytes, _PickleWalk), form)
-    if _is_plain_behind_nonce(payload, _VERBOSITY * max_bytes):
+    if _is_plain_behind_nonce(payload, _READ * max_bytes):
         raise DocumentRefusedError(_NO_CRYPTOGRAPHY)
     if not encrypted:
         raise DocumentRefusedError(_CUSTOM_SERIALIZER)
@@ -479,6 +482,12 @@ class _TaggedUnpickler(_Unpickler):
 class _PickleWalk(tagged.TaggedWalk):
     """Knows what the stand-ins stand for."""
 
+    __slots__ = ("_in_set",)
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self._in_set = False
+
     def other(self, value: Any, levels: int) -> Any:
         if not isinstance(value, _Call):
             return super().other(value, levels)
@@ -498,7 +507,14 @@ class _PickleWalk(tagged.TaggedWalk):
         return super().other(value, levels)
 
     def _tag_set(self, tag: str, call: _Call, levels: int) -> Document:
+        # Whether the members have hashes and differ, the outermost set tells of all inside it.
+        outermost, self._in_set = not self._in_set, True
         copy = self.tag_set(tag, call, _members(call), levels)
-        if not tagged.reads(tag, copy[tag]):
-            raise _Malformed
+        if outermost:
+            self._in_set = False
+            if not tagged.reads(tag, copy[tag]):
+                raise Refused(
+                    f"is {documents.name_of(call)} as Python writes none, or with more than {tagged.MAX_COLLISIONS} "
+                    "members of one hash; store it as a list"
+                )
         return copy

@@ -1,138 +1,38 @@
 """``statestore get put delete keys states ping``: looking into a store, and mending what is in it.
 
-On a terminal the answers are for reading. In a pipe, or with ``--json``, they are JSON, one value a line. What is in a
-store came from anybody, so in neither form does it reach the terminal as anything but text. Whoever knows a session's
-id owns the session, so ids are shortened (`keys.shortened`), but for ``--raw``, which prints bytes as they are.
+On a terminal the answers are for reading. In a pipe, or with ``--json``, they are JSON, one value a line. Whoever knows
+a session's id owns the session, so ids are shortened (`keys.shortened`), but for ``--raw``, which prints bytes as they
+are.
 """
 
 from __future__ import annotations
 
 import base64
-import os
 import re
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from typing import Any, Final
 
 import click
-import simplejson
-from rich.console import Console
-from rich.highlighter import JSONHighlighter
-from rich.table import Table
-from rich.text import Text
 
 from beaker_statestore import documents
 from beaker_statestore import keys as record_keys
 from beaker_statestore.codec import DocumentCodec
+from beaker_statestore.console import (
+    Output,
+    RecordSettings,
+    configured_store,
+    output_option,
+    record_options,
+    store_options,
+)
 from beaker_statestore.exceptions import DocumentError
 from beaker_statestore.router import RouterStateStorage
 from beaker_statestore.sealing import StoreKeyError
-from beaker_statestore.settings import Settings, read_ini, session_options
-from beaker_statestore.stores import open_store
+from beaker_statestore.settings import Settings
 from beaker_statestore.stores.base import Store
 
-__all__ = [
-    "Output",
-    "configured_store",
-    "delete",
-    "get",
-    "keys",
-    "output_option",
-    "ping",
-    "put",
-    "states",
-    "store_options",
-]
-
-DEFAULT_URL: Final = "127.0.0.1:1978"
-URL_VARIABLE: Final = "STATESTORE_URL"
-
-
-class Output:
-    """Prints for people or for programs."""
-
-    def __init__(self, as_json: bool | None) -> None:
-        self.as_json = not sys.stdout.isatty() if as_json is None else as_json
-        self.console = Console(soft_wrap=True, highlight=False)
-
-    def value(self, value: Any) -> None:
-        """Print one JSON value."""
-        if self.as_json:
-            click.echo(_shown(simplejson.dumps(value, ensure_ascii=False)))
-        else:
-            lines = simplejson.dumps(value, ensure_ascii=False, indent=2).split("\n")
-            self.console.print(JSONHighlighter()(Text("\n".join(map(_shown, lines)))))
-
-    def line(self, text: str) -> None:
-        """Print one line for reading."""
-        click.echo(_shown(text))
-
-    def table(self, headings: list[str], rows: list[list[str]]) -> None:
-        """Print rows for reading. What does not fit beside the rest goes on below; nothing is left out."""
-        table = Table(box=None, pad_edge=False)
-        for heading in headings:
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            # A str would be read as Rich's markup.
-            table.add_row(*(Text(_shown(cell)) for cell in row))
-        self.console.print(table)
-
-
-def _shown(text: str) -> str:
-    """``text`` with all that a terminal might obey or hide as JSON's escapes; JSON stays the same value."""
-    return "".join(c if c.isprintable() else simplejson.dumps(c)[1:-1] for c in text)
-
-
-def store_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give ``command`` the options that say which store, and what they come to: ``settings``.
-
-    It may have an argument ``where``, a URL or the path of an INI file, that says it too.
-    """
-
-    @click.option("--url", metavar="URL", help=f"The store.  [default: the variable {URL_VARIABLE}, or {DEFAULT_URL}]")
-    @click.option("--ini", type=click.Path(dir_okay=False), help="Take the store from this INI file.")
-    @click.option("--section", help="The section of the INI file, if it cannot be told by itself.")
-    @wraps(command)
-    def with_settings(
-        url: str | None, ini: str | None, section: str | None, where: str | None = None, **arguments: Any
-    ) -> None:
-        if where is not None:
-            if url is not None or ini is not None:
-                raise click.UsageError(f"{where} and an option both say which store; give one of them")
-            url, ini = (None, where) if _is_ini(where) else (where, None)
-        if url is not None and ini is not None:
-            raise click.UsageError("--url and --ini both say which store; give one of them")
-        if section is not None and ini is None:
-            raise click.UsageError("--section is a section of an INI file: give --ini, too")
-        if ini is not None:
-            options = session_options(read_ini(ini, section))
-        else:
-            options = {"url": url or os.environ.get(URL_VARIABLE) or DEFAULT_URL}
-        command(settings=Settings.from_options(options), **arguments)
-
-    return with_settings
-
-
-def output_option(command: Callable[..., None]) -> Callable[..., None]:
-    """Give ``command`` the option that says for whom it prints, and what comes of it: ``output``."""
-
-    @click.option("--json/--no-json", "as_json", default=None, help="JSON, one value a line.  [default: in a pipe]")
-    @wraps(command)
-    def with_output(as_json: bool | None, **arguments: Any) -> None:
-        command(output=Output(as_json), **arguments)
-
-    return with_output
-
-
-def _is_ini(where: str) -> bool:
-    return where.endswith(".ini") or (os.path.isfile(where) and not where.endswith(".lmdb"))
-
-
-def configured_store(settings: Settings) -> Store:
-    """The store that the options name."""
-    return open_store(settings.url, **settings.timing)
+__all__ = ["delete", "get", "keys", "ping", "put", "states"]
 
 
 def _key(argument: str) -> bytes:
@@ -152,28 +52,50 @@ def _json_key(key: bytes) -> str | dict[str, str]:
 _HOLD_IDS: Final = frozenset({"index", "lock"})
 
 
+#: The beginning of a session's id: what is shown of it, more, and what comes behind a … if there is one.
+_ID_BEGUN: Final = re.compile(rf"((?:sha256-)?[0-9a-f]{{{record_keys.SHOWN}}})([0-9a-f]*)(?:…(.*))?", re.DOTALL)
+#: The ids that it can stand for: whole ones, as `keys.Namespace` writes them.
+_IDS: Final = r"(?:[0-9a-f]{32}|sha256-[0-9a-f]{64})"
+
+
+def _abbreviation(argument: str) -> tuple[str, str, str, str] | None:
+    """What is before a session's id in ``argument``, and the groups of `_ID_BEGUN`; None: it abbreviates none."""
+    found = record_keys.prefix_and_kind(_key(argument))
+    if found is None or found[1] != "session":
+        return None
+    before = f"{found[0]}session:"
+    begun = _ID_BEGUN.fullmatch(argument[len(before) :])
+    return None if begun is None else (before, begun[1], begun[2], begun[3] or "")
+
+
 def _find(store: Store, argument: str) -> bytes:
     """The record key that ``argument`` is, or the one that it stands for, as `keys.shortened` or a bit longer.
 
     Where it stands for none, it is answered as it is.
     """
     exact = _key(argument)
-    found = record_keys.prefix_and_kind(exact)
-    head, cut, tail = argument.partition("…")
-    if found is None or not (cut or found[1] == "session") or store.get(exact) is not None:
+    abbreviation = _abbreviation(argument)
+    head, cut, _ = argument.partition("…")
+    if not (abbreviation or cut) or store.get(exact) is not None:
         return exact
-    if found[1] == "session":
-        session_id = head.partition("session:")[2]
-        if ":" in session_id or len(session_id.removeprefix("sha256-")) < record_keys.SHOWN:
-            return exact
-        pattern = re.compile(re.escape(head) + "[^:]*" + re.escape(tail))
-        matching = [key for key in store.keys(_key(head)) if pattern.fullmatch(key.decode("utf-8", "surrogateescape"))]
+    if abbreviation:
+        before, shown, more, behind = abbreviation
+        whole = re.compile(re.escape(before) + _IDS + re.escape(behind))
+        keys = store.keys(_key(before + shown + more))
+        matching = [key for key in keys if whole.fullmatch(key.decode("utf-8", "surrogateescape"))]
     else:
         matching = [key for key in store.keys(_key(head)) if record_keys.shortened(key) == argument]
     if len(matching) > 1:
-        shown = record_keys.shortened(argument)
-        raise click.ClickException(f"{shown} stands for {len(matching)} records; give more of the id")
+        raise click.ClickException(f"{_named(argument)} stands for {len(matching)} records; give more of the id")
     return matching[0] if matching else exact
+
+
+def _named(argument: str) -> str:
+    """``argument`` as a message shows it: most of an id is as good as all of it."""
+    if (abbreviation := _abbreviation(argument)) is None:
+        return record_keys.shortened(argument)
+    before, shown, _, behind = abbreviation
+    return f"{before}{shown}…{behind}"
 
 
 def _without_ids(value: Any) -> Any:
@@ -196,25 +118,25 @@ def _without_ids(value: Any) -> Any:
 @click.command()
 @click.argument("key")
 @click.option("--raw", is_flag=True, help="The bytes as they are, whatever they are, with whole session ids.")
-@store_options
+@record_options
 @output_option
-def get(settings: Settings, output: Output, key: str, raw: bool) -> None:
+def get(chosen: RecordSettings, output: Output, key: str, raw: bool) -> None:
     """Print the document under a record key.
 
     KEY is the whole of it, such as session:0123456789abcdef0123456789abcdef, or what `statestore keys` prints, such
     as session:01234567…; 8 characters of a session's id or more will do if there is only one such session. In index
-    and lock records, session ids are shortened.
+    and lock records, session ids are shortened. For records of kind cache, the beaker.cache options of --ini count.
     """
-    store = configured_store(settings)
+    store = chosen.open(_key(key))
     record = _find(store, key)
     value = store.get(record)
     if value is None:
-        raise click.ClickException(f"there is no record {record_keys.shortened(key)}")
+        raise click.ClickException(f"there is no record {_named(key)}")
     if raw:
         sys.stdout.buffer.write(value)
         return
     try:
-        document = DocumentCodec.of(settings).decode(value, record)
+        document = DocumentCodec.of(chosen.for_record(record)).decode(value, record)
         found = record_keys.prefix_and_kind(record)
         output.value(_without_ids(document) if found is not None and found[1] in _HOLD_IDS else document)
     except DocumentError as error:
@@ -229,36 +151,44 @@ def get(settings: Settings, output: Output, key: str, raw: bool) -> None:
 @click.argument("key")
 @click.argument("document", required=False)
 @click.option("--raw", is_flag=True, help="Store the bytes as they are, whatever they are.")
-@store_options
-def put(settings: Settings, key: str, document: str | None, raw: bool) -> None:
+@record_options
+def put(chosen: RecordSettings, key: str, document: str | None, raw: bool) -> None:
     """Store a document under a record key.
 
-    DOCUMENT is a JSON object; without it, standard input is read. What was there is replaced.
+    KEY is the whole of it. DOCUMENT is a JSON object; without it, standard input is read. What was there is replaced.
     """
+    record = _key(key)
+    found = record_keys.prefix_and_kind(record)
+    kind = None if found is None else found[1]
+    if "…" in key and kind not in (None, "cache"):
+        raise click.ClickException("not stored: an abbreviation is no key to put under; give the whole session id")
     value = sys.stdin.buffer.read() if document is None else document.encode()
     if not raw:
-        try:
-            value = DocumentCodec.of(settings).encode(
-                documents.decode(value), _key(key), root=record_keys.shortened(key)
+        if kind == "cache" and chosen.cache is None:
+            raise click.ClickException(
+                "not stored: beaker.cache.url is not set, so nobody knows this cache's store_key: for a region, "
+                "give its options as beaker.cache.url and so on in a file of their own; --raw stores it as it is"
             )
+        try:
+            codec = DocumentCodec.of(chosen.for_record(record))
+            value = codec.encode(documents.decode(value), record, root=record_keys.shortened(key))
         except DocumentError as error:
             raise click.ClickException(f"not stored: {error}; --raw stores it all the same") from error
-    configured_store(settings).put(_key(key), value)
+    chosen.open(record).put(record, value)
 
 
 @click.command()
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
-@store_options
-def delete(settings: Settings, keys: tuple[str, ...]) -> None:
+@record_options
+def delete(chosen: RecordSettings, keys: tuple[str, ...]) -> None:
     """Remove records by their keys, which may be abbreviated as for `statestore get`.
 
     An abbreviation that stands for several removes none of all. The exit status is 1 if one of them was not there.
     """
-    store = configured_store(settings)
-    records = [_find(store, key) for key in keys]
-    missing = [key for key, record in zip(keys, records, strict=True) if not store.delete(record)]
+    records = [_find(chosen.open(_key(key)), key) for key in keys]
+    missing = [key for key, record in zip(keys, records, strict=True) if not chosen.open(record).delete(record)]
     if missing:
-        raise click.ClickException(f"there was no record {', '.join(map(record_keys.shortened, missing))}")
+        raise click.ClickException(f"there was no record {', '.join(map(_named, missing))}")
 
 
 @click.command()

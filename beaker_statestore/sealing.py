@@ -82,6 +82,11 @@ class Sealer:
         sealed = self._cipher(self._identifier, record).encrypt(nonce, data, header)
         return base64.b64encode(header + sealed).decode("ascii")
 
+    def is_latest(self, text: str) -> bool:
+        """Whether ``text`` was sealed with the first of the secrets."""
+        # These are nine bytes, so whole groups of base64 characters.
+        return text.startswith(base64.b64encode(FORMAT + self._identifier).decode("ascii"))
+
     def open(self, text: str, record: bytes) -> bytes:
         """The bytes that were sealed as ``text`` under ``record``.
 
@@ -104,7 +109,8 @@ class Sealer:
         identifier = header[len(FORMAT) : len(FORMAT) + IDENTIFIER_LENGTH]
         if identifier not in self._secrets:
             raise StoreKeyError(
-                "the record is sealed with a key that is not among those of store_key: add it there, behind the first"
+                "the record is sealed with a key that is not among those of store_key: add it there, behind the first; "
+                "if it is lost, only removing the record helps (statestore delete)"
             )
         try:
             return self._cipher(identifier, record).decrypt(header[-NONCE_LENGTH:], raw[HEADER_LENGTH:], header)

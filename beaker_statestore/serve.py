@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import resource
 import signal
@@ -17,6 +16,7 @@ from urllib.parse import quote
 import click
 
 from beaker_statestore import __version__
+from beaker_statestore.console import Seconds
 from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import LocalStore
@@ -38,8 +38,9 @@ _OTHER_FILES: Final = 64
 _SWEEP_SHARE: Final = 0.05
 _SWEEP_STEP: Final = 0.0003
 _SWEEP_STEP_ON_DISK: Final = 0.02
-#: An ``_expires`` before this (September 2001) is no time of ours: in other programs' records it may be a length.
-_EARLIEST_EXPIRY: Final = 1e9
+#: Values above this many bytes are not looked into, as reading one would hold up all clients. A document of ours has a
+#: megabyte at most, and a third more encrypted, unless the application's ``max_value`` says otherwise.
+_SWEEP_LARGEST: Final = 4 * _MIB
 
 _ON_SWEEPS: Final = (
     'Every {:g} s it removes expired documents: JSON objects with an "_expires" that has passed, under keys such as '
@@ -93,7 +94,7 @@ _ON_NO_SWEEPS: Final = "It removes no expired documents (--sweep 0); `statestore
 )
 @click.option(
     "--patience",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min_open=True),
     default=_LIMITS.patience,
     show_default=True,
     metavar="SECONDS",
@@ -102,13 +103,14 @@ _ON_NO_SWEEPS: Final = "It removes no expired documents (--sweep 0); `statestore
 @click.option(
     "--sweep",
     "interval",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     default=600.0,
     show_default=True,
     metavar="SECONDS",
     help=f"Remove expired records, of all applications, at the start and so long after each time; 0: never. A record "
-    "goes if its key is one of ours, under whatever prefix (session:..., shop:cache:...), and its value a JSON object "
-    f'with an "_expires" that was {MARGIN:.0f} seconds ago or more.',
+    "goes if its key is one of ours, under no prefix or one that does not end in a letter or digit (session:..., "
+    'shop:cache:...), and its value a JSON object of 4 MiB or less with an "_expires" that was '
+    f"{MARGIN:.0f} seconds ago or more.",
 )
 @click.option("--verbose", is_flag=True, help="Log each connection that is closed for cause, and each sweep.")
 def serve(
@@ -192,20 +194,27 @@ async def _serve(server: Server, store: LocalStore, addresses: Sequence[str], db
     await stopped.wait()
     if sweeping is not None:
         sweeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await sweeping
+        (ended,) = await asyncio.gather(sweeping, return_exceptions=True)
+        if isinstance(ended, Exception):
+            logger.warning("sweeping had ended: %r", ended)
     await server.stop()
 
 
 async def _sweep_for_ever(server: Server, store: LocalStore, interval: float) -> None:
     while True:
-        sweeper = Sweeper(store, prefix=None, earliest=_EARLIEST_EXPIRY)
+        sweeper = Sweeper(store, prefix=None, largest=_SWEEP_LARGEST)
         try:
             await _sweep(server, sweeper, _SWEEP_STEP_ON_DISK if store.blocking else _SWEEP_STEP)
         except Exception as error:  # noqa: BLE001 - whatever it was, clients are served, and the next one may do it
             logger.warning("a sweep broke off: %r", error)
-        if sweeper.sweep.removed:
-            logger.info("a sweep has removed %d of %d records", sweeper.sweep.removed, sweeper.sweep.seen)
+        found = sweeper.sweep
+        if found.removed or found.unreadable:
+            logger.info(
+                "a sweep has removed %d of %d records; %d were too large or no documents of ours",
+                found.removed,
+                found.seen,
+                found.unreadable,
+            )
         await asyncio.sleep(interval)
 
 

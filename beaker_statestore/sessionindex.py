@@ -9,6 +9,7 @@ It must not know Beaker's classes or engines.
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any, Final
 from beaker_statestore import documents, keys, observe
 from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import EXPIRES, RESERVED, Document
-from beaker_statestore.exceptions import DocumentError, DocumentRefusedError
+from beaker_statestore.exceptions import DocumentError, DocumentRefusedError, ValueTooLargeError
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores.base import Store
 
@@ -37,11 +38,11 @@ _MEMBER: Final = re.compile(r"[0-9a-f]{32}|sha256-[0-9a-f]{64}")
 
 
 def indexed_text(field: str, value: object) -> str | None:
-    """The value of a session's field ``field`` as the index spells it; None: such a session is not listed.
+    """The value of a session's field ``field`` as the index spells it; None: nobody's session, which is not listed.
 
     :raises DocumentRefusedError: nobody could ask for such a value.
     """
-    if value is None:
+    if value is None or value is False or value == "":
         return None
     if isinstance(value, str):
         return value
@@ -97,31 +98,54 @@ class SessionIndex:
     def _add(self, field: str, text: str, member: str, period: int | None) -> None:
         record = self.record(field, text)
         seen = self._store.get(record)
-        dead = self._dead(field, text, dict(_members(self._codec.current(seen, record) or {})))
+        listed = dict(_members(self._codec.current(seen, record) or {}))
+        try:
+            self._write(record, seen, self._dead(field, text, listed, LOOKED_UP), member, period)
+        except ValueTooLargeError:
+            try:
+                self._write(record, seen, self._dead(field, text, listed, len(listed)), member, period)
+            except ValueTooLargeError:
+                # The original names the largest fields, which are ids.
+                raise ValueTooLargeError(
+                    f"{len(listed):,} sessions have {text[:40]!r} in {field!r}, more than the index can hold: do not "
+                    f"give so many the same value, leave {field} out of beaker.session.index, or raise max_value"
+                ) from None
 
+    def _write(
+        self, record: bytes, seen: bytes | None, dead: Mapping[str, float], member: str, period: int | None
+    ) -> None:
         def added(current: bytes | None) -> bytes:
             document = self._codec.current(current, record) or {}
-            # Never outlives, while one of its sessions has no expiry; otherwise it outlives the last of them.
+            # It never expires while one of its sessions has no expiry, and otherwise outlives the last of them.
             forever = period is None or (bool(document) and EXPIRES not in document)
             kept = {m: since for m, since in _members(document) if dead.get(m) != since}
             until = {} if forever or period is None else {EXPIRES: max(document.get(EXPIRES, 0), (period + 2) * PERIOD)}
-            return self._codec.encode({**kept, member: time.time(), **until}, record, f"index[{text!r}]")
+            return self._codec.encode({**kept, member: time.time(), **until}, record, "index")
 
         self._store.modify(record, added, known=seen, expires_at=documents.expires_at)
         observe.count("index.listed")
 
-    def _dead(self, field: str, text: str, members: Mapping[str, float]) -> dict[str, float]:
-        """Those of ``members`` that were listed longer than `GRACE` ago and whose records say something else."""
-        oldest = time.time() - GRACE
-        old = [member for member, since in members.items() if since < oldest][:LOOKED_UP]
-        found = self._store.get_many(map(self.session_record, old)) if old else {}
-        return {m: members[m] for m in old if not self._says(found.get(self.session_record(m)), m, field, text)}
+    def _dead(self, field: str, text: str, members: Mapping[str, float], most: int) -> dict[str, float]:
+        """Those of ``members`` that were listed longer than `GRACE` ago and have been without the value as long.
 
-    def _says(self, data: bytes | None, member: str, field: str, text: str) -> bool:
+        :param most: how many to look up; others have their turn at another time.
+        """
+        oldest = time.time() - GRACE
+        old = [member for member, since in members.items() if since < oldest]
+        if len(old) > most:
+            old = random.sample(old, most)
+        found = self._store.get_many(map(self.session_record, old)) if old else {}
+        return {m: members[m] for m in old if self._is_dead(found.get(self.session_record(m)), m, field, text, oldest)}
+
+    def _is_dead(self, data: bytes | None, member: str, field: str, text: str, oldest: float) -> bool:
         try:
-            return self.said(self.session_record(member), data, field) == text
+            expiry = None if data is None else documents.expires_at(data)
+            # A request under way may bring back what has expired, but not what has expired long ago.
+            if data is None or (expiry is not None and expiry < oldest):
+                return True
+            return indexed_text(field, self._codec.decode(data, self.session_record(member)).get(field)) != text
         except DocumentError:
-            return False
+            return True
 
     def said(self, session_record: bytes, data: bytes | None, field: str) -> str | None:
         """What the session that is stored as ``data`` has in ``field``; None: nothing, or there is no live session.

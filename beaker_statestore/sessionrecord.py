@@ -46,6 +46,10 @@ BEAKERS_GRACE: Final = 120.0
 _last_form: dict[Settings, Form] = {}
 
 
+class _Ended(Exception):  # noqa: N818 - never leaves this module
+    """The session that a save is for has been ended by somebody else meanwhile."""
+
+
 class SessionRecord:
     """The record of one session id, for the length of one request. Not for sharing between threads.
 
@@ -55,8 +59,8 @@ class SessionRecord:
     def __init__(self, store: Store, key: bytes, settings: Settings, timeout: float | None) -> None:
         self._store = store
         self._key = key
-        # Where the session still is, after `renew` and before the next save.
-        self._former: bytes | None = None
+        # Where the next save is to store it, if that is another place.
+        self._renewed: bytes | None = None
         self._settings = settings
         self._codec = DocumentCodec.of(settings)
         self._timeout = timeout
@@ -102,7 +106,7 @@ class SessionRecord:
 
     @property
     def is_stored(self) -> bool:
-        """Whether there was a record when it was last loaded or saved."""
+        """Whether the session had a record when it was last loaded or saved."""
         return isinstance(self._stored, bytes)
 
     def save(self, payload: object) -> None:
@@ -128,26 +132,22 @@ class SessionRecord:
         if read.document.keys() <= CONFIGURATION:
             self.delete()
             return
-        ours = self._complete(read.document)
-        base = self._loaded if self._is_as_loaded(read.document) else self._base
-        if self._former is None and base is not None and documents.difference(base, ours) <= TOUCHED:
+        ours, base = self._complete(read.document), self._base
+        if base is not None and self._loaded is not None and self._is_as_loaded(read.document):
+            # It has values in common with the session, though, so what was changed inside of them counts.
+            ours = documents.merge(self._loaded, ours, base).document
+        if self._renewed is None and base is not None and documents.difference(base, ours) <= TOUCHED:
             self._touch(base, ours)
         else:
             self._commit(base, ours, read.form)
 
     def delete(self) -> None:
         """Remove the record, whatever others have done to it. A request still in flight cannot bring it back."""
-        for key in (self._key,) if self._former is None else (self._former, self._key):
-            if self._index is not None:
-                # Against requests that others have under way, a mark says more than absence does.
-                known = self._stored if key == (self._former or self._key) else UNREAD
-                self._store.modify(key, functools.partial(self._unless_revoked, key, None), known=known)
-                continue
-            try:
-                self._store.delete(key)
-            except OutcomeUnknown:
-                self._store.delete(key)
-        self._former = self._stored = self._base = self._loaded = None
+        self._store.modify(self._key, functools.partial(self._unless_revoked, self._key, None), known=self._stored)
+        if self._renewed is not None:
+            # A save that failed half way may have left it there.
+            self._store.modify(self._renewed, functools.partial(self._unless_revoked, self._renewed, None))
+        self._renewed = self._stored = self._base = self._loaded = None
 
     def discard(self) -> None:
         """Remove the record if it is as it was loaded; if that fails, leave it to its expiry."""
@@ -159,8 +159,7 @@ class SessionRecord:
 
     def renew(self, key: bytes) -> None:
         """Have the next save store the session under another key, and remove the record that there is."""
-        self._former = self._former or self._key
-        self._key = key
+        self._renewed = key
 
     def _is_as_loaded(self, saved: Document) -> bool:
         """Whether Beaker saves the session as it was loaded, whatever the request has done to it since.
@@ -173,30 +172,36 @@ class SessionRecord:
         return self._loaded is not None and next(iter(saved)) == ACCESSED
 
     def _commit(self, base: Document | None, ours: Document, form: Form | None) -> None:
-        listed_until = self._enlist(base if self._former is None else None, ours)
+        target = self._renewed or self._key
+        moves = target != self._key
+        listed_until = self._enlist(target, None if moves else base, ours)
         loaded = self._stored
 
-        def merged(current: bytes | None) -> bytes | None:
+        def merged(current: bytes | None) -> bytes:
             if time.monotonic() > listed_until:
                 raise StoreUnavailable("this process stood still in the middle of saving a session; nothing was saved")
-            # To a request that has run longer than the session had to live, an expired record is still its own.
             theirs = self._open(current, though_expired=base is not None)
             if theirs is not None and REVOKED in theirs:
                 if current != loaded:
-                    return _dropped(current)
+                    raise _Ended
                 theirs = None  # the visitor has come back after the revocation
             if base is not None and (theirs is None or self._is_another(base, theirs)):
-                return _dropped(current)
+                raise _Ended
             if theirs is None or OPAQUE in theirs:
-                return self._encode(ours, form)
+                return self._encode(ours, form, target)
             merge = documents.merge(base or {}, ours, _mergeable(theirs))
             if merge.conflicts:
                 observe.count("session.conflict", len(merge.conflicts))
                 if self._settings.conflict == "raise":
                     raise ConflictError(merge.conflicts)
-            return self._encode(merge.document, form) if merge.changed or self._former else current
+            if moves:
+                # What others have stored is listed under the old key only.
+                self._enlist(target, ours, merge.document)
+            if current is not None and not merge.changed and not moves:
+                return current
+            return self._encode(merge.document, form, target)
 
-        self._stored = self._modify(merged)
+        self._write(target, merged)
         self._remember(ours)
 
     def _is_another(self, base: Document, theirs: Document) -> bool:
@@ -223,8 +228,8 @@ class SessionRecord:
             observe.count("session.touch_skipped")
             return
         merge = documents.merge(base, ours, _mergeable(theirs))
-        self._enlist(base, merge.document)
-        touched = self._encode(merge.document, theirs.get(SERIALIZER))
+        self._enlist(self._key, base, merge.document)
+        touched = self._encode(merge.document, theirs.get(SERIALIZER), self._key)
         try:
             if self._store.compare_and_swap(self._key, stored, touched, merge.document.get(EXPIRES)):
                 self._stored = touched
@@ -234,25 +239,25 @@ class SessionRecord:
             # Done or not, nothing is lost, and the next commit finds out which.
             observe.count("session.touch_unknown")
 
-    def _enlist(self, before: Document | None, after: Document) -> float:
+    def _enlist(self, key: bytes, before: Document | None, after: Document) -> float:
         """Have the index list the session before it is stored; until when that holds, on the monotonic clock.
 
         A listing without a live session is dropped after a while, so a save must not come much later.
         """
         until = time.monotonic() + GRACE / 2
-        listed = self._index is not None and self._index.enlist(self._key, before, after)
+        listed = self._index is not None and self._index.enlist(key, before, after)
         return until if listed else math.inf
 
     def _replace(self, opaque: Document) -> None:
         """Store what cannot be merged. Even so, a session that others have deleted stays deleted."""
-        known = self._base
+        target, known = self._renewed or self._key, self._base
 
-        def replaced(current: bytes | None) -> bytes | None:
+        def replaced(current: bytes | None) -> bytes:
             if known is not None and current is None:
-                return _dropped(current)
-            return self._encode(opaque, None)
+                raise _Ended
+            return self._encode(opaque, None, target)
 
-        self._stored = self._modify(replaced)
+        self._write(target, replaced)
         self._base = self._loaded = _mergeable(opaque)
 
     def _complete(self, application: Document) -> Document:
@@ -269,54 +274,55 @@ class SessionRecord:
         return self._dated(ours, accessed)
 
     def _dated(self, document: Document, accessed: float) -> Document:
-        ends = [self._end(document)] if self._timeout is None else [self._end(document), accessed + self._timeout]
+        ends = [end_of(document, self._settings.max_lifetime)]
+        if self._timeout is not None:
+            ends.append(accessed + self._timeout)
         expiry = min(ends)
         return document if expiry == math.inf else {**document, EXPIRES: expiry}
 
-    def _end(self, document: Document) -> float:
-        """When the session ends however much it is used, in epoch seconds."""
-        created = document.get(CREATED)
-        if self._settings.max_lifetime is None or isinstance(created, bool) or not isinstance(created, (int, float)):
-            return math.inf
-        return created + self._settings.max_lifetime
+    def _write(self, target: bytes, function: Callable[[bytes | None], bytes]) -> None:
+        """Store under ``target`` what ``function`` makes of the record; nothing if it raises `_Ended`."""
+        try:
+            if target == self._key:
+                # What was never loaded has just got its id: most likely there is no record.
+                known = None if isinstance(self._stored, Unread) else self._stored
+                self._stored = self._store.modify(target, function, known=known, expires_at=documents.expires_at)
+            else:
+                self._stored = self._move(target, function)
+        except _Ended:
+            observe.count("session.dropped")
+            self._stored = None
+        self._key, self._renewed = target, None
 
-    def _modify(self, function: Callable[[bytes | None], bytes | None]) -> bytes | None:
-        if self._former is not None:
-            return self._move(self._former, function)
-        # What was never loaded has just got its id: most likely there is no record.
-        known = None if isinstance(self._stored, Unread) else self._stored
-        return self._store.modify(self._key, function, known=known, expires_at=documents.expires_at)
+    def _move(self, target: bytes, function: Callable[[bytes | None], bytes]) -> bytes | None:
+        """Store under ``target`` what ``function`` makes of the record, and then remove the record.
 
-    def _move(self, former: bytes, function: Callable[[bytes | None], bytes | None]) -> bytes | None:
-        """Store under the new key what ``function`` makes of the former record, and then remove that one.
-
-        In this order, and both or nothing: until the last step the former key is good and nobody knows the new one, so
+        In this order, and both or nothing: until the last step the old key is good and nobody knows the new one, so
         that whatever fails can be repeated. The last step removes exactly what was stored under the new key, so no
         change is lost that others make meanwhile; and if they end the session, it ends under both keys.
+
+        :raises SessionMoved: whether the last step was done is unknown, and there is no asking.
         """
+        former = self._key
         deadline = time.monotonic() + CONTENTION_DEADLINE
-        current = self._store.get(former) if isinstance(self._stored, Unread) else self._stored
         stored: bytes | None = None
-        while True:
+        doubt: OutcomeUnknown | None = None
+        # Whoever has ended the session since it was loaded must not be overtaken.
+        current = self._store.get(former)
+        while doubt is None or current is not None:
             try:
                 new = function(current)
-            except ConflictError:
+            except (ConflictError, _Ended):
                 if stored is not None:
-                    self._store.delete(self._key)
+                    self._store.delete(target)
                 raise
-            if new is current:
-                # What `_dropped` answers: there is no session any more.
-                if stored is not None:
-                    self._store.delete(self._key)
-                self._former = None
-                return None
             stored = self._store.modify(
-                self._key,
-                functools.partial(self._unless_revoked, self._key, new),
+                target,
+                functools.partial(self._unless_revoked, target, new),
                 known=stored,
                 expires_at=documents.expires_at,
             )
-            doubt: OutcomeUnknown | None = None
+            doubt = None
             try:
                 if self._store.compare_and_swap(former, current, None):
                     break
@@ -327,34 +333,37 @@ class SessionRecord:
             except StoreUnavailable as error:
                 if doubt is None:
                     raise
-                self._former, self._stored = None, stored
+                self._key, self._renewed, self._stored = target, None, stored
                 raise SessionMoved(str(error)) from error
-            if doubt is not None and current is None:
-                break
             if time.monotonic() >= deadline:
                 raise doubt or ContentionError("others changed the session for as long as we tried to give it a new id")
-        self._former = None
         return stored
 
     def _unless_revoked(self, key: bytes, new: bytes | None, there: bytes | None) -> bytes | None:
-        """``new``, but for a mark that somebody has put under ``key``, which he knows from the index."""
+        """``new``, but for a mark that somebody has put under ``key``: it says more than absence does."""
         try:
             revoked = there is not None and REVOKED in self._codec.decode(there, key)
         except DocumentDamagedError:
             revoked = False
-        return _dropped(there) if revoked else new
+        return there if revoked else new
 
-    def _encode(self, document: Document, form: Form | None) -> bytes:
+    def _encode(self, document: Document, form: Form | None, key: bytes) -> bytes:
         if form is not None:
             document = {**document, SERIALIZER: form}
-        return self._codec.encode(document, self._key, "session")
+        return self._codec.encode(document, key, "session")
 
     def _open(self, data: bytes | None, *, though_expired: bool = False) -> Document | None:
-        key = self._former or self._key
-        if though_expired:
-            return None if data is None else self._codec.decode(data, key)
-        document = self._codec.current(data, key)
-        return None if document is None or self._end(document) <= time.time() else document
+        """The document in the record; None if there is none, or it has expired.
+
+        :param though_expired: to a request that has run longer than the session had to live, it is still its own, for
+            a while: the index lists it so long.
+        """
+        now = time.time()
+        if data is None or not though_expired:
+            document = self._codec.current(data, self._key)
+            return None if document is None or end_of(document, self._settings.max_lifetime) <= now else document
+        document = self._codec.decode(data, self._key)
+        return None if documents.is_expired(document, now - GRACE / 2) else document
 
     def _opaque(self, ciphertext: Any) -> str:
         if not isinstance(ciphertext, str):
@@ -376,7 +385,9 @@ def _mergeable(document: Document) -> Document:
     return {name: value for name, value in document.items() if name not in (SERIALIZER, OPAQUE)}
 
 
-def _dropped(current: bytes | None) -> bytes | None:
-    """Leave the record as it is: the session was there and is gone, so somebody has logged out."""
-    observe.count("session.dropped")
-    return current
+def end_of(document: Document, max_lifetime: float | None) -> float:
+    """When a session ends however much it is used, in epoch seconds; infinity: never."""
+    created = document.get(CREATED)
+    if max_lifetime is None or isinstance(created, bool) or not isinstance(created, (int, float)):
+        return math.inf
+    return created + max_lifetime

@@ -15,16 +15,17 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from beaker_statestore import documents, keys, observe
+from beaker_statestore import documents, keys, observe, tagged
 from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import ACCESSED, CREATED, EXPIRES, RESERVED, REVOKED, Document
-from beaker_statestore.exceptions import ConfigurationError, DocumentError
+from beaker_statestore.exceptions import ConfigurationError, DocumentError, StoreUnavailable
 from beaker_statestore.keys import SESSION_KEY
 from beaker_statestore.sessionindex import GRACE, SessionIndex, indexed_text
+from beaker_statestore.sessionrecord import end_of
 from beaker_statestore.settings import Settings, read_ini, session_options
 from beaker_statestore.stores import open_store
 
@@ -43,15 +44,16 @@ class StoredSession:
     #: When it was begun and last used, in epoch seconds; the latter may lag behind by ``touch_interval``.
     created: float | None
     accessed: float | None
-    #: What the application keeps in it.
-    data: Document
+    #: What the application keeps in it. Not part of the ``repr``, as there may be secrets in it.
+    data: dict[str, Any] = field(repr=False)
 
 
 class Sessions:
     """The sessions of an application, by the values of the top-level keys that ``beaker.session.index`` names.
 
-    Sessions that were saved before that line was there are found once they are a day older and used, or when the
-    value changes. Every method raises `StoreUnavailable` when the store fails. Safe for threads.
+    Sessions that were saved before that line was there are found once the value changes; those with a timeout also
+    once they have been used on another day. Every method raises `StoreUnavailable` when the store fails. Safe for
+    threads.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -78,45 +80,67 @@ class Sessions:
         mapping = settings if isinstance(settings, Mapping) else read_ini(settings, section)
         return cls(Settings.from_options(session_options(mapping)))
 
-    def of(self, value: str | int, *, field: str | None = None) -> list[StoredSession]:
-        """The live sessions whose ``field`` is ``value``, the one last used first.
+    def of(self, value: str | int, *, by: str | None = None) -> list[StoredSession]:
+        """The live sessions that have ``value``, the one last used first.
 
-        :param field: one of the indexed keys; the first of them when left out.
+        One that has timed out is among them for the two minutes that Beaker adds to its timeout.
+
+        :param by: one of the indexed keys; the first of them when left out.
         """
-        field, text = self._asked(value, field)
-        members = self._index.members(field, text)
+        by, text = self._asked(value, by)
+        members = self._index.members(by, text)
         records = {self._index.session_record(member): member for member in members}
         found = []
         for record, data in self._store.get_many(records).items():
             try:
-                if self._index.said(record, data, field) == text:
-                    found.append(_stored_session(records[record], self._codec.decode(data, record)))
+                if self._index.said(record, data, by) == text:
+                    document = self._codec.decode(data, record)
+                    if end_of(document, self._settings.max_lifetime) > time.time():
+                        found.append(self._described(records[record], document))
             except DocumentError as error:
                 log.warning("passed over %s: %s", keys.shortened(record), error)
         return sorted(found, key=lambda session: -(session.accessed or 0))
 
-    def revoke(self, value: str | int, *, keep: str | None = None, field: str | None = None) -> int:
-        """End all sessions whose ``field`` is ``value``, and answer how many that were.
+    def _described(self, member: str, document: Document) -> StoredSession:
+        beakers = {ACCESSED, CREATED, "_domain", "_path"}
+        data = {name: value for name, value in document.items() if name not in RESERVED | beakers}
+        return StoredSession(
+            shown_id=keys.shortened_ids(member),
+            created=_time(document.get(CREATED)),
+            accessed=_time(document.get(ACCESSED)),
+            data=data if self._settings.types == "strict" else tagged.untag(data),
+        )
+
+    def revoke(self, value: str | int, *, keep: str | Collection[str] = (), by: str | None = None) -> int:
+        """End all sessions that have ``value``, and answer how many that were.
 
         A request that is under way in one of them cannot bring it back. A login that is half done, so that the index
-        lists its session already and the record does not say it yet, comes to nothing: what it saves is dropped, as
-        after a logout. (Only a session that says another value at that moment is left alone; it stays listed.)
+        lists its session already and the record says nobody yet, comes to nothing: what it saves is dropped, as after
+        a logout. (Only a session that says another value at that moment is left alone; it stays listed.)
 
-        :param keep: the id of a session that stays, such as that of whoever asks for it.
-        :param field: one of the indexed keys; the first of them when left out.
+        :param keep: the id of a session that stays, such as that of whoever asks for it; of a `StateSession`, which
+            may be about to get another id, ``session.ids``.
+        :param by: one of the indexed keys; the first of them when left out.
+        :raises StoreUnavailable: the store failed, or one session could not be ended; the others have been, as far as
+            that was possible.
         """
-        field, text = self._asked(value, field)
-        kept = None if keep is None else self._record_of(keep)
+        by, text = self._asked(value, by)
+        kept = {self._record_of(session_id) for session_id in ([keep] if isinstance(keep, str) else keep)}
         oldest = time.time() - GRACE
         ended = 0
-        for member, listed in self._index.members(field, text).items():
+        failure: StoreUnavailable | None = None
+        for member, listed in self._index.members(by, text).items():
             record = self._index.session_record(member)
-            if record != kept:
-                ended += self._end(record, field, text, about_to=listed > oldest)
+            try:
+                ended += record not in kept and self._end(record, by, text, about_to=listed > oldest)
+            except StoreUnavailable as error:
+                failure = failure or error
         observe.count("sessions.revoked", ended)
+        if failure is not None:
+            raise failure
         return ended
 
-    def _end(self, record: bytes, field: str, text: str, *, about_to: bool) -> bool:
+    def _end(self, record: bytes, by: str, text: str, *, about_to: bool) -> bool:
         """Put a mark in the place of a session, for which every request under way will drop what it saves.
 
         :param about_to: whether also if the record does not say any value (yet).
@@ -129,7 +153,7 @@ class Sessions:
         def marked(current: bytes | None) -> bytes | None:
             nonlocal lived
             try:
-                said = self._index.said(record, current, field)
+                said = self._index.said(record, current, by)
             except DocumentError:
                 lived = False
                 return current  # damage is left for people to look at
@@ -139,27 +163,17 @@ class Sessions:
         self._store.modify(record, marked, expires_at=documents.expires_at)
         return lived
 
-    def _asked(self, value: str | int, field: str | None) -> tuple[str, str]:
-        field = field or self._index.fields[0]
-        if field not in self._index.fields:
-            raise ConfigurationError(f"sessions are not found by {field!r}: add it to beaker.session.index")
-        text = indexed_text(field, value)
+    def _asked(self, value: str | int, by: str | None) -> tuple[str, str]:
+        by = by or self._index.fields[0]
+        if by not in self._index.fields:
+            raise ConfigurationError(f"sessions are not found by {by!r}: add it to beaker.session.index")
+        text = indexed_text(by, value)
         if text is None:
-            raise TypeError(f"None is nobody's {field}")
-        return field, text
+            raise ValueError(f"{value!r} is nobody's {by}")
+        return by, text
 
     def _record_of(self, session_id: str) -> bytes:
         return keys.Namespace(self._settings.prefix, "session", session_id, self._settings.hash_ids).record(SESSION_KEY)
-
-
-def _stored_session(member: str, document: Document) -> StoredSession:
-    beakers = {ACCESSED, CREATED, "_domain", "_path"}
-    return StoredSession(
-        shown_id=keys.shortened_ids(member),
-        created=_time(document.get(CREATED)),
-        accessed=_time(document.get(ACCESSED)),
-        data={name: value for name, value in document.items() if name not in RESERVED | beakers},
-    )
 
 
 def _time(value: Any) -> float | None:

@@ -13,18 +13,19 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.keys import validate_prefix
 
-__all__ = ["Settings", "UnknownOptionWarning", "read_ini", "session_options"]
+__all__ = ["Settings", "UnknownOptionWarning", "cache_options", "read_ini", "session_options"]
 
 #: The application that PasteDeploy loads from a file when no other is named (``paste.deploy.loadwsgi.loadcontext``).
 DEFAULT_SECTION: Final = "app:main"
 SESSION_PREFIXES: Final = ("beaker.session.", "session.")
+CACHE_PREFIXES: Final = ("beaker.cache.", "cache.")
 #: The ways of a section to set the URL: for itself, for all, and from what is set for all.
 URL_LINES: Final = frozenset(f"{verb}{prefix}url" for verb in ("", "set ", "get ") for prefix in SESSION_PREFIXES)
 
@@ -154,6 +155,8 @@ def _fields(value: object) -> tuple[str, ...]:
     for name in names:
         if name.startswith("_"):
             raise ValueError(f"{name} is a field of Beaker's or of ours; name the application's own, such as user")
+        if name.lower() in ("true", "yes", "on", "false", "no", "off"):
+            raise ValueError("name the keys under which the sessions hold what they are to be found by, such as user")
     return names
 
 
@@ -162,6 +165,8 @@ def _secrets(value: object) -> tuple[str, ...]:
     if words.count(PLAINTEXT) > 1:
         raise ValueError(f"the word {PLAINTEXT} is there twice; in front it stops encryption, behind the keys not")
     for number, secret in enumerate(words, 1):
+        if "," in secret:
+            raise ValueError(f"word {number} has a comma in it; separate keys by blanks, and use none with a comma")
         if len(secret) < SHORTEST_SECRET and secret != PLAINTEXT:
             raise ValueError(
                 f"word {number} has {len(secret)} characters; a key needs at least {SHORTEST_SECRET}, make one by "
@@ -254,7 +259,14 @@ class Settings:
                 f"{origin}.url is not set{of_regions}: give the store's address, for example "
                 f"{origin}.url = 127.0.0.1:1978"
             )
-        return cls(**values)
+        settings = cls(**values)
+        if settings.encrypted and (settings.index or settings.max_lifetime is not None):
+            what = "index" if settings.index else "max_lifetime"
+            raise ConfigurationError(
+                f"{origin}.{what} needs to look into sessions, and encrypt_key hides them: leave encrypt_key and "
+                f"encrypted out, and set {origin}.store_key"
+            )
+        return settings
 
     @property
     def timing(self) -> dict[str, Any]:
@@ -378,9 +390,18 @@ def _section_with_url(parser: configparser.ConfigParser, path: str) -> str:
 
 def session_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The ``beaker.session.*`` (or ``session.*``) options of an application's settings, without that prefix."""
+    return _options(settings, SESSION_PREFIXES)
+
+
+def cache_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``beaker.cache.*`` (or ``cache.*``) options of an application's settings, but for those of single regions."""
+    return {name: value for name, value in _options(settings, CACHE_PREFIXES).items() if "." not in name}
+
+
+def _options(settings: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
     return {
         name[len(prefix) :]: value
-        for prefix in reversed(SESSION_PREFIXES)
+        for prefix in reversed(prefixes)
         for name, value in settings.items()
         if name.startswith(prefix)
     }

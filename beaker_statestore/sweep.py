@@ -11,8 +11,8 @@ from typing import Any, Final
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from beaker_statestore.console import Output, Seconds, configured_store, output_option, store_options
 from beaker_statestore.exceptions import StoreUnavailable
-from beaker_statestore.records import Output, configured_store, output_option, store_options
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores.base import Store
 from beaker_statestore.sweeper import BATCH, LARGEST_BATCH, MARGIN, Sweep, Sweeper
@@ -29,7 +29,7 @@ INTERRUPTED: Final = 130
 @click.argument("where", required=False, metavar="[URL|INI]")
 @store_options
 @click.option("--prefix", help="The application's prefix, where no INI file says it.  [default: none]")
-@click.option("--all-prefixes", is_flag=True, help="Records of all applications: our kinds under whatever prefix.")
+@click.option("--all-prefixes", is_flag=True, help="Our kinds under all prefixes that do not end in a letter or digit.")
 @click.option("--dry-run", is_flag=True, help="Count what is expired, and remove nothing.")
 @click.option(
     "--batch",
@@ -41,13 +41,13 @@ INTERRUPTED: Final = 130
 )
 @click.option(
     "--max-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min_open=True),
     metavar="S",
     help="Begin no step after so long, and end with status 3 if there is more to do.",
 )
 @click.option(
     "--margin",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     default=MARGIN,
     show_default=True,
     metavar="S",
@@ -72,7 +72,7 @@ def sweep(
 
     Only records of our kinds (session:, cache:, state: and so on) under the application's prefix are looked at. They
     go if they are documents whose time has come and nobody changes them meanwhile; everything else stays as it is.
-    `statestore serve` does the same by itself.
+    `statestore serve` does the same by itself, as with --all-prefixes.
 
     URL is the store's, and INI the application's file, whose prefix counts; its caches may have another one. A sweep
     that has been interrupted prints a place for --from, but one from the beginning is just as right.
@@ -99,6 +99,8 @@ def sweep(
         _report(output, sweeper.sweep, dry_run)
         sys.exit(INTERRUPTED)
     _report(output, sweeper.sweep, dry_run)
+    if all_prefixes and dry_run and not output.as_json:
+        output.line("prefixes that end in a letter or digit were left out; --prefix takes one of them")
     if not sweeper.done:
         sys.exit(NOT_DONE)
 
@@ -127,6 +129,6 @@ def _report(output: Output, found: Sweep, dry_run: bool) -> None:
     if found.changed:
         output.line(f"changed or removed by others meanwhile, and left as they are now: {found.changed:,}")
     if found.unreadable:
-        output.line(f"no documents of ours, and left as they are: {found.unreadable:,}")
+        output.line(f"no documents of ours, in spite of an _expires, and left as they are: {found.unreadable:,}")
     if found.place is not None:
         output.line(f"there is more to do; to go on here, add: --from '{found.place}'")

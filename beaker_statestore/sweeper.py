@@ -5,7 +5,7 @@ interrupted at any moment, run again, and run twice at once: a record is removed
 what was found to be expired, so one that somebody has touched meanwhile stays.
 
 A sweep knows the keys that our records have, and ``_expires`` in a document. All else stays as it is: records of other
-keys are not even read, and what is no document of ours is counted.
+keys are not even read, and what has an ``_expires`` and is no document of ours is counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -22,13 +22,17 @@ from urllib.parse import quote, unquote_to_bytes
 from beaker_statestore import documents, observe
 from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError, OutcomeUnknown
 from beaker_statestore.keys import KINDS, kind_prefix, prefix_and_kind, shortened
-from beaker_statestore.stores.base import Store, Verbs
+from beaker_statestore.stores.base import LocalStore, Store, Verbs
 
-__all__ = ["BATCH", "LARGEST_BATCH", "MARGIN", "Sweep", "Sweeper", "sweep"]
+__all__ = ["BATCH", "ENOUGH", "LARGEST_BATCH", "MARGIN", "Sweep", "Sweeper", "sweep"]
 
 #: How many keys are looked at in one step. With a megabyte each, that many values fit into memory.
 BATCH: Final = 100
 LARGEST_BATCH: Final = 10_000
+#: On a store in this process, a step reads no more once it has read so many bytes: a server's clients wait for it.
+ENOUGH: Final = 256 * 1024
+#: An ``_expires`` before this (September 2001) is no time of ours: in other programs' records it may be a length.
+EARLIEST: Final = 1e9
 #: How long records stay behind their expiry, in seconds. Times are compared with this host's clock, and others have
 #: written them. Too late costs a little room, for nobody sees what is expired; too early costs somebody his state,
 #: and only a session's ``_expires`` has minutes to spare.
@@ -49,7 +53,7 @@ class Sweep:
     removed: int = 0
     #: Expired ones that somebody else has changed, or removed, before we could.
     changed: int = 0
-    #: Those under a key of ours that are no documents of ours; they stay.
+    #: Those with an ``_expires`` that are no documents of ours, and those too large to be looked into; they stay.
     unreadable: int = 0
     #: Where to go on, as printable text for ``start``; None when all has been looked at. No session's id is in it.
     place: str | None = ""
@@ -70,28 +74,28 @@ class Sweeper:
         *,
         start: str | None = None,
         margin: float = MARGIN,
-        earliest: float = -math.inf,
+        largest: float = math.inf,
         dry_run: bool = False,
     ) -> None:
         """
-        :param prefix: the application's; None: all records of our kinds, under whatever prefix.
+        :param prefix: the application's; None: all records of our kinds, under no prefix or one that does not end in a
+            letter or digit. (``realestate:42`` is more likely another program's than a ``state:`` under ``reale``.)
         :param start: a `Sweep.place` of an earlier sweep of the same prefix, to go on there.
         :param margin: how long records stay behind their expiry, in seconds.
-        :param earliest: what expired before this, in epoch seconds, stays.
+        :param largest: what has more bytes is not looked into, and stays.
         :param dry_run: find out, and remove nothing.
         :raises ConfigurationError: the prefix is not valid, or ``start`` is no place of it.
         """
         self._store = store
         self._margin = margin
-        self._earliest = earliest
+        self._largest = largest
         self._dry_run = dry_run
+        self._all_prefixes = prefix is None
         #: What the keys of each part of the sweep begin with, in the order in which they are looked at.
         self._parts = [b""] if prefix is None else [kind_prefix(prefix, kind) for kind in sorted(KINDS)]
         self._part, self._cursor = self._parse(start) if start else (0, None)
-        #: A place may be a little before where it was made, by one key, so that even the smallest steps get on.
-        self._again = 1 if start else 0
         #: What has been done so far. It changes with each step.
-        self.sweep = Sweep(place=start or self._place([]))
+        self.sweep = Sweep(place=start or self._place())
 
     @property
     def done(self) -> bool:
@@ -103,15 +107,21 @@ class Sweeper:
 
         :raises StoreUnavailable: in an outage. Nothing of this step is counted; it may be repeated.
         """
-        start = self._parts[self._part]
-        page, cursor = self._store.scan(start, self._cursor, batch + self._again)
-        kinds = {key: found[1] for key in page if (found := prefix_and_kind(key)) is not None}
-        values = self._store.get_many(kinds)
+        page, cursor = self._store.scan(self._parts[self._part], self._cursor, batch)
+        kinds = {key: kind for key in page if (kind := self._kind(key)) is not None}
+        if isinstance(self._store, LocalStore):
+            values, cut = _read_enough(self._store, kinds)
+            # The cursor of such a store is the last key of a page, whatever its length.
+            cursor = cut or cursor
+        else:
+            values = self._store.get_many(kinds)
         latest = time.time() - self._margin
         expired, unreadable = {}, 0
         for key, value in values.items():
             try:
-                if self._is_expired(value, latest):
+                if len(value) > self._largest:
+                    unreadable += 1
+                elif _is_expired(value, latest):
                     expired[key] = value
             except DocumentDamagedError:
                 unreadable += 1
@@ -126,48 +136,73 @@ class Sweeper:
         self.sweep.kinds.update(kinds[key] for key in expired)
         self.sweep.removed += removed
         self.sweep.unreadable += unreadable
-        self._cursor, self._again = cursor, 0
+        self._cursor = cursor
         if cursor is None:
             self._part += 1
-        self.sweep.place = self._place(page)
+        self.sweep.place = self._place()
 
     def run(self, max_seconds: float | None = None, batch: int = BATCH) -> Iterator[Sweep]:
         """Step by step until all is done or the time is over; ``sweep`` after each step.
 
-        :param max_seconds: after so long no step is begun. The first one always is, so that each run gets on.
+        :param max_seconds: after so long no step is begun, once the place is another one: each run gets on, however
+            short its steps and its time, and however many keys begin alike.
         """
         deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+        start = self.sweep.place
         while not self.done:
             self.step(batch)
             yield self.sweep
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline and self.sweep.place != start:
                 return
 
-    def _is_expired(self, value: bytes, latest: float) -> bool:
-        document = documents.decode(value)
-        return documents.is_expired(document, latest) and document[documents.EXPIRES] >= self._earliest
+    def _kind(self, key: bytes) -> str | None:
+        """Of which kind the record is; None: it does not belong to this sweep."""
+        found = prefix_and_kind(key)
+        if found is None or (self._all_prefixes and found[0][-1:].isalnum()):
+            return None
+        return found[1]
 
-    def _place(self, page: list[bytes]) -> str | None:
-        """The place behind ``page``: what the keys looked at begin with, an ``@``, the store's cursor."""
+    def _place(self) -> str | None:
+        """The place where the sweep is: what the keys looked at begin with, an ``@``, a key to go on behind.
+
+        Our stores' cursors are keys. They have to go on behind one that is gone, so the beginning of a key is as good
+        a cursor, and only a little earlier.
+        """
         if self.done:
             return None
-        cursor = self._cursor or b""
-        if cursor in page[-1:]:
-            # So the store goes by the keys in their order, and has to go on behind one that is gone: the beginning of
-            # a key is as good a cursor, and only a little earlier.
-            begins = shortened(cursor).partition("…")[0]
-            cursor = begins.encode("utf-8", "surrogateescape")[:_LONGEST_PLACE]
+        begins = shortened(self._cursor or b"").partition("…")[0]
+        cursor = begins.encode("utf-8", "surrogateescape")[:_LONGEST_PLACE]
         return f"{self._parts[self._part].decode('ascii')}@{quote(cursor, safe=':/')}"
 
     def _parse(self, place: str) -> tuple[int, bytes | None]:
-        start, at, cursor = place.partition("@")
+        start, at, text = place.partition("@")
+        cursor = unquote_to_bytes(text)
         for number, part in enumerate(self._parts):
-            if at and part.decode("ascii") == start:
-                return number, unquote_to_bytes(cursor) or None
+            if at and part.decode("ascii") == start and (not cursor or cursor.startswith(part)):
+                return number, cursor or None
         raise ConfigurationError(
             f"{place[:80]!r} is no place where a sweep of this prefix has ended: give the same prefix as then, or "
             "leave the place out, to begin again"
         )
+
+
+def _read_enough(store: LocalStore, keys: Iterable[bytes]) -> tuple[dict[bytes, bytes], bytes | None]:
+    """The values of the first of ``keys``, and the last one looked at if that are not all: `ENOUGH` was read before."""
+    values: dict[bytes, bytes] = {}
+    room, last = ENOUGH, None
+    for key in keys:
+        if room <= 0:
+            return values, last
+        value, last = store.get(key), key
+        if value is not None:
+            values[key] = value
+            room -= len(value)
+    return values, None
+
+
+def _is_expired(value: bytes, latest: float) -> bool:
+    expiry = documents.expires_at(value)
+    return expiry is not None and EARLIEST <= expiry <= latest
 
 
 def _remove(key: bytes, value: bytes, verbs: Verbs) -> bool:
@@ -193,7 +228,7 @@ def sweep(
 ) -> Sweep:
     """Remove the records of an application that are expired.
 
-    :param prefix: the application's; None: all records of our kinds, under whatever prefix.
+    :param prefix: the application's; None: all records of our kinds, as for `Sweeper`.
     :param start: the `Sweep.place` where an earlier sweep of this prefix has ended, to go on there.
     :param max_seconds: end after so long; what is answered then has a ``place``.
     :param batch: how many keys are looked at in one step.

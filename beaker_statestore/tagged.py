@@ -12,20 +12,24 @@ application's own dict that would be read as a tagged value gets one more ``$``.
 from __future__ import annotations
 
 import base64
+import collections
 import datetime
 import decimal
+import functools
+import importlib.resources
 import json
 import logging
+import os
 import re
 import uuid
 import zoneinfo
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Final
 
 from beaker_statestore import documents
 from beaker_statestore.documents import MAX_BYTES, Document, Refused, TooLarge, Walk
 
-__all__ = ["SETS", "StrictWalk", "TaggedWalk", "reads", "tag", "untag", "zoned"]
+__all__ = ["MAX_COLLISIONS", "SETS", "StrictWalk", "TaggedWalk", "reads", "tag", "untag", "zoned"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,9 @@ _ZONE: Final = re.compile(r"[A-Za-z0-9_+-]{1,32}(?:/[A-Za-z0-9_+-]{1,32}){0,3}")
 #: A point in time as `zoned` writes it: RFC 9557, 4.1, but for the offset, which follows from the zone.
 _MOMENT: Final = re.compile(rf"([0-9T:.+-]{{1,60}})(?:\[({_ZONE.pattern})\])?(\[_fold=1\])?")
 _NO_OFFSET: Final = datetime.timedelta(0)
+#: How many members of a set may have one hash. A set compares each of them with each, so thousands, which is easily
+#: arranged with numbers (CPython hashes them modulo 2**61 - 1), would keep a process busy. By chance not even three do.
+MAX_COLLISIONS: Final = 32
 #: How many places `warn` remembers, so that it names each of them once.
 _MAX_PLACES: Final = 1000
 
@@ -68,7 +75,8 @@ def tag(
 
 def untag(document: Document) -> dict[str, Any]:
     """``document`` with the values that its tags stand for."""
-    return {name: _value(member) for name, member in document.items()}
+    texts: _Texts = {}
+    return {name: _value(member, texts) for name, member in document.items()}
 
 
 # -- values -> JSON
@@ -89,12 +97,22 @@ class StrictWalk(Walk):
 class TaggedWalk(Walk):
     """Gives the types of this module their JSON form."""
 
+    __slots__ = ("_texts",)
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self._texts: _Texts = {}
+
     def other(self, value: Any, levels: int) -> Any:
         kind = type(value)
         if kind is tuple:
             self._open("$tuple", levels)
             return {"$tuple": self.copy_list(value, levels - 1)}
         if kind is set or kind is frozenset:
+            if _collide(value):
+                raise Refused(
+                    f"is a {kind.__name__} with more than {MAX_COLLISIONS} members of one hash; store it as a list"
+                )
             return self.tag_set(f"${kind.__name__}", value, value, levels)
         if kind not in _WRITERS:
             return super().other(value, levels)
@@ -120,17 +138,25 @@ class TaggedWalk(Walk):
             except Refused as refused:
                 refused.leave(container, None)
                 raise
-        return {name: sorted(copy, key=_order)}
+        texts = {id(member): _text(member, self._texts) for member in copy}
+        argument = sorted(copy, key=lambda member: texts[id(member)])
+        self._texts[id(argument)] = _joined(texts[id(member)] for member in argument)
+        return {name: argument}
 
     def copy_dict(self, value: dict[Any, Any], levels: int) -> Document:
         copy = super().copy_dict(value, levels)
         if len(copy) == 1:
             [(key, argument)] = copy.items()
-            if key[:1] == "$" and reads(_name(key), argument):
-                self.left -= 1
-                if self.left < 0:
-                    raise TooLarge
-                return {f"${key}": argument}
+            if key[:1] == "$":
+                name = _name(key)
+                # What follows looks at everything inside, so it must not be done again on every level around it.
+                if name in SETS and type(value[key]) is list and any(map(_has_no_hash, value[key])):
+                    return copy
+                if reads(name, argument):
+                    self.left -= 1
+                    if self.left < 0:
+                        raise TooLarge
+                    return {f"${key}": argument}
         return copy
 
     def _open(self, name: str, levels: int) -> None:
@@ -138,9 +164,41 @@ class TaggedWalk(Walk):
         self.left -= len(name) + 3
 
 
-def _order(member: Any) -> str:
+def _has_no_hash(member: Any) -> bool:
+    """Whether the object that the walk makes of ``member`` stands for something that no set can hold.
+
+    Dicts do, even those that look like tagged values: they get one more ``$``.
+    """
+    return type(member) is list or type(member) is dict or (type(member) is tuple and any(map(_has_no_hash, member)))
+
+
+def _collide(members: Collection[Any]) -> bool:
+    """Whether too many of a set's members have one hash.
+
+    :raises TypeError: one has none.
+    """
+    return len(members) > MAX_COLLISIONS and max(collections.Counter(map(hash, members)).values()) > MAX_COLLISIONS
+
+
+#: The JSON text of each set's argument, by its id, until the set around it has taken it from here. So a set inside
+#: many others is written once.
+_Texts = dict[int, str]
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _text(member: Any, texts: _Texts) -> str:
     """The text by which a set's members are sorted: the same whichever codec is installed."""
-    return json.dumps(member, separators=(",", ":"))
+    if type(member) is dict and len(member) == 1:
+        [(name, argument)] = member.items()
+        if name == "$tuple" and type(argument) is list:
+            return f'{{"$tuple":{_joined(_text(inner, texts) for inner in argument)}}}'
+        if id(argument) in texts:
+            return f"{{{_encode(name)}:{texts.pop(id(argument))}}}"
+    return _encode(member)
+
+
+def _joined(texts: Iterable[str]) -> str:
+    return f"[{','.join(texts)}]"
 
 
 def zoned(moment: datetime.datetime | datetime.time, zone: str | None) -> str:
@@ -192,31 +250,24 @@ _WRITERS: Final[dict[type, tuple[str, Callable[[Any], Any]]]] = {
     uuid.UUID: ("$uuid", str),
     bytes: ("$bytes", lambda data: base64.b64encode(data).decode("ascii")),
 }
-#: What messages call the values of each tag.
-_NAMES: Final = {
-    **{name: documents.name_of_type(kind) for kind, (name, _) in _WRITERS.items()},
-    "$tuple": "a tuple",
-    "$set": "a set",
-    "$frozenset": "a frozenset",
-}
 _TAGGED_NAMES: Final = {documents.qualified(kind) for kind in (*_WRITERS, set, frozenset)}
 
 
 # -- JSON -> values
 
 
-def _value(json_value: Any) -> Any:
+def _value(json_value: Any, texts: _Texts) -> Any:
     kind = type(json_value)
     if kind is list:
-        return [_value(member) for member in json_value]
+        return [_value(member, texts) for member in json_value]
     if kind is not dict:
         return json_value
-    plain = {key: _value(member) for key, member in json_value.items()}
+    plain = {key: _value(member, texts) for key, member in json_value.items()}
     if len(plain) == 1:
         [(key, members)] = plain.items()
         if key[:1] == "$":
             name = _name(key)
-            made = _make(name, json_value[key], members)
+            made = _make(name, json_value[key], members, texts)
             if made is not _PLAIN:
                 return made if key == name else {key[1:]: members}
     return plain
@@ -231,16 +282,15 @@ def reads(name: str, argument: Any) -> bool:
     """Whether ``{name: argument}`` is a tagged value."""
     if name == "$tuple":
         return type(argument) is list
-    if name in SETS and type(argument) is list and any(_is_unhashable(member) for member in argument):
-        return False  # and its members need not be made, which would be done again on every level around it
-    return (name in SETS or name in _READERS) and _make(name, argument, _value(argument)) is not _PLAIN
+    texts: _Texts = {}
+    if name in _READERS:
+        return _make(name, argument, None, texts) is not _PLAIN
+    if name not in SETS or type(argument) is not list:
+        return False
+    return _make(name, argument, _value(argument, texts), texts) is not _PLAIN
 
 
-def _is_unhashable(member: Any) -> bool:
-    return type(member) is list or (type(member) is dict and not (member.keys() <= _HASHABLE and len(member) == 1))
-
-
-def _make(name: str, argument: Any, members: Any) -> Any:
+def _make(name: str, argument: Any, members: Any, texts: _Texts) -> Any:
     """The value of ``{name: argument}``, or `_PLAIN` if `tag` writes no value so.
 
     :param members: ``argument`` with the values that its own tags stand for.
@@ -248,7 +298,7 @@ def _make(name: str, argument: Any, members: Any) -> Any:
     if name == "$tuple":
         return tuple(members) if type(argument) is list else _PLAIN
     if name in SETS:
-        return _make_set(name, argument, members)
+        return _make_set(name, argument, members, texts)
     read = _READERS.get(name)
     if read is None or type(argument) is not (list if name == "$timedelta" else str):
         return _PLAIN
@@ -261,15 +311,20 @@ def _make(name: str, argument: Any, members: Any) -> Any:
         return _PLAIN
 
 
-def _make_set(name: str, argument: Any, members: Any) -> Any:
+def _make_set(name: str, argument: Any, members: Any, texts: _Texts) -> Any:
     if type(argument) is not list:
         return _PLAIN
     try:
+        if _collide(members):
+            return _PLAIN
         made = SETS[name](members)
     except (TypeError, ValueError, ArithmeticError):  # a member that has no hash
         return _PLAIN
-    order = [_order(member) for member in argument]
-    return made if len(made) == len(argument) and order == sorted(order) else _PLAIN
+    order = [_text(member, texts) for member in argument]
+    if len(made) != len(argument) or order != sorted(order):
+        return _PLAIN
+    texts[id(argument)] = _joined(order)
+    return made
 
 
 def _read_datetime(argument: Any) -> datetime.datetime:
@@ -289,7 +344,25 @@ def _parts(argument: Any) -> tuple[str, zoneinfo.ZoneInfo | None, int]:
     if found is None:
         raise ValueError("no time")
     iso, zone, fold = found.groups()
-    return iso, None if zone is None else zoneinfo.ZoneInfo(zone), 0 if fold is None else 1
+    return iso, None if zone is None else _zone(zone), 0 if fold is None else 1
+
+
+# More than there are, so that whoever names them in turn has none read from its file again and again.
+@functools.lru_cache(maxsize=2048)
+def _zone(name: str) -> zoneinfo.ZoneInfo:
+    # ZoneInfo takes many times as long to find out that there is none.
+    if not any(os.path.isfile(os.path.join(path, name)) for path in zoneinfo.TZPATH) and name not in _packaged_zones():
+        raise LookupError(name)
+    return zoneinfo.ZoneInfo(name)
+
+
+@functools.cache
+def _packaged_zones() -> frozenset[str]:
+    """The names of the zones in the package tzdata, which zoneinfo falls back on."""
+    try:
+        return frozenset(importlib.resources.files("tzdata").joinpath("zones").read_text("utf-8").split())
+    except (ImportError, OSError):
+        return frozenset()
 
 
 def _read_timedelta(argument: Any) -> datetime.timedelta:
@@ -306,8 +379,6 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "$uuid": uuid.UUID,
     "$bytes": lambda text: base64.b64decode(text, validate=True),
 }
-#: The tags of what can be in a set; a tuple can if its members can.
-_HASHABLE: Final = _READERS.keys() | {"$tuple", "$frozenset"}
 
 
 # -- warn
@@ -319,7 +390,7 @@ def _warn(tagged: Document, root: str) -> None:
     """Log each place of a tagged value, once in the life of the process."""
     # A key is data; what is under one cache key is as under any other.
     place = root.partition("[")[0] + ("[*]" if "[" in root else "")
-    for name, member in tagged.items():
+    for name, member in untag(tagged).items():
         for found in _found(member, f"{place}[{documents.shortened(name)}]"):
             if found in _places:
                 continue
@@ -332,18 +403,15 @@ def _warn(tagged: Document, root: str) -> None:
             log.warning("%s", found)
 
 
-def _found(json_value: Any, place: str) -> Iterator[str]:
-    kind = type(json_value)
-    if kind is list:
-        for member in json_value:
+def _found(value: Any, place: str) -> Iterator[str]:
+    kind = type(value)
+    if kind is dict:
+        for name, member in value.items():
+            yield from _found(member, f"{place}[{documents.shortened(name)}]")
+        return
+    if documents.qualified(kind) in _TAGGED_NAMES or kind is tuple:
+        effect = "come back as a list" if kind is tuple else "be refused"
+        yield f"{place} is {documents.name_of_type(kind)}; with types = strict it would {effect}"
+    if kind is list or kind is tuple or kind is set or kind is frozenset:
+        for member in value:
             yield from _found(member, f"{place}[*]")
-    elif kind is dict:
-        [key, *more] = json_value or [""]
-        if not more and key in _NAMES and reads(key, json_value[key]):
-            effect = "come back as a list" if key == "$tuple" else "be refused"
-            yield f"{place} is {_NAMES[key]}; with types = strict it would {effect}"
-            if key in SETS or key == "$tuple":
-                yield from _found(json_value[key], place)
-        else:
-            for name, member in json_value.items():
-                yield from _found(member, f"{place}[{documents.shortened(name)}]")

@@ -32,6 +32,7 @@ from beaker_statestore.exceptions import (
 )
 from beaker_statestore.keys import SESSION_KEY, is_session_id
 from beaker_statestore.namespace import (
+    DAMAGE,
     TCJSONNamespaceManager,
     require_authenticating_cipher,
     warn_without_timeout,
@@ -163,6 +164,12 @@ class StateSession(Session):
         self.cookie_expires = cookie_expires
 
     @property
+    def ids(self) -> frozenset[str]:
+        """The ids of the session: between `regenerate_id` and the save that follows there are two."""
+        stored = set() if self._manager is None else {str(self._manager.namespace)}
+        return frozenset({str(self.id), *stored})
+
+    @property
     def _is_ours(self) -> bool:
         return isinstance(self.namespace_class, type) and issubclass(self.namespace_class, TCJSONNamespaceManager)
 
@@ -196,6 +203,7 @@ def make_filter(app: WSGIApplication, settings: Mapping[str, Any]) -> WSGIApplic
     """
     chosen = session_options(settings)
     if chosen.setdefault("type", "ext:tcjson") != "ext:tcjson":
+        log.warning("beaker.session.type is %s: sessions are Beaker's own affair, and not in our store", chosen["type"])
         return OutageFilter(SessionMiddleware(app, _prefixed(chosen)))
     serializer = chosen.get("data_serializer", "pickle")
     if serializer in ("pickle", "json"):
@@ -267,11 +275,11 @@ def filter_app_factory(app: WSGIApplication, global_conf: Mapping[str, Any], **l
 
 
 def _keep_session_ids_out_of_warnings() -> None:
-    """Silence Beaker's warning about a load that met an outage: it quotes the id, which is still good.
+    """Silence Beaker's warning about a load that met an outage or damage: it quotes the id, which may still be good.
 
-    beaker.session.Session.__init__ issues it before its second load. The outage itself is logged here, without id.
+    beaker.session.Session.__init__ issues it before its second load. Both are logged by us, without id.
     """
-    message = rf"Invalidating corrupt session .*; error was: {SessionUnavailable.PREFIX}"
+    message = rf"Invalidating corrupt session .*; error was: ({SessionUnavailable.PREFIX}|{DAMAGE})"
     warnings.filterwarnings("ignore", message, BeakerWarning)
 
 

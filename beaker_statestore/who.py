@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 
 import click
 
-from beaker_statestore.records import Output, configured_store, output_option, store_options
+from beaker_statestore.console import Output, configured_store, output_option, store_options
 from beaker_statestore.router import RouterStateStorage
 from beaker_statestore.sessions import Sessions
 from beaker_statestore.settings import Settings
@@ -38,7 +38,7 @@ def who(settings: Settings, output: Output, address: str, field: str | None) -> 
     """
     sessions = []
     if settings.index or field:
-        sessions = Sessions(_indexed(settings, field)).of(address, field=field)
+        sessions = Sessions(_indexed(settings, field)).of(address, by=field)
     else:
         click.echo("sessions are not found: beaker.session.index is not set (give --ini, or --by)", err=True)
     storage = RouterStateStorage(url=configured_store(settings), prefix=settings.prefix, store_key=settings.store_key)
@@ -70,7 +70,7 @@ def revoke(settings: Settings, output: Output, address: str, field: str | None) 
 
     Mail states stay as they are.
     """
-    ended = Sessions(_indexed(settings, field)).revoke(address, field=field)
+    ended = Sessions(_indexed(settings, field)).revoke(address, by=field)
     if output.as_json:
         output.value({"ended": ended})
     else:
@@ -78,12 +78,14 @@ def revoke(settings: Settings, output: Output, address: str, field: str | None) 
 
 
 def _indexed(settings: Settings, field: str | None) -> Settings:
-    if field is None or field in settings.index:
-        return settings
-    return dataclasses.replace(settings, index=(*settings.index, field))
+    """The settings, where they do not say by which key sessions are found (a URL alone does not), with ``field``."""
+    return settings if settings.index or field is None else dataclasses.replace(settings, index=(field,))
 
 
 def _time(seconds: float | None) -> str | None:
     if seconds is None:
         return None
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (OverflowError, ValueError, OSError):
+        return None  # no time that a calendar has: anybody may have written it

@@ -44,7 +44,8 @@ LAYERS = [
     ],
     [["stores.tyrant"], ["tyrant.pytyrant"], ["tyrant.server"], ["stores"]],
     [["codec", "sessionindex", "sessionrecord", "sessions", "namespace", "router", "websession"]],
-    [["testing.processes", "testing.conformance", "testing.faults", "testing"], ["serve"], ["records", "sweep", "who"]],
+    [["testing.processes", "testing.conformance", "testing.faults", "testing"], ["console"]],
+    [["serve"], ["records"], ["sweep"], ["reseal"], ["who"]],
     [["cli", "__main__"]],
 ]
 PLACES = {

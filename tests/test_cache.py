@@ -19,14 +19,18 @@ import pytest
 from beaker.cache import Cache, CacheManager
 from beaker.container import Value
 
-from beaker_statestore.exceptions import DocumentDamagedError, StoreUnavailable
+from beaker_statestore import observe
+from beaker_statestore.exceptions import ConfigurationError, StoreUnavailable
 from beaker_statestore.namespace import DocumentManager, TCJSONNamespaceManager
 from beaker_statestore.stores import open_store
+from beaker_statestore.stores.base import Store
 from beaker_statestore.stores.memory import MemoryStore
 from beaker_statestore.testing import FaultyStore, ServerProcess
+from tests.original import Original
 
 #: A lease that ends while a test waits, in seconds.
 SHORT_LEASE = 0.5
+STORE_KEY = "0123456789abcdef" * 2
 
 forking = multiprocessing.get_context("fork")
 _numbers = itertools.count(1)
@@ -112,6 +116,30 @@ def test_caches_that_look_alike_have_locks_of_their_own(options: dict[str, Any])
             assert threads.submit(lock.acquire, wait=False).result(10)
     same = TCJSONNamespaceManager("a:b", **options).get_creation_lock(b"c")
     assert not same.acquire(wait=False)
+
+
+def test_locks_of_long_keys_are_their_own_too(options: dict[str, Any]) -> None:
+    """Also of the longest that a cache can have, which would be too long when escaped once more."""
+    cache = beaker_cache(options)
+    longest = "x:" * 16_000
+    locks = [cache.namespace.get_creation_lock(key) for key in (longest, longest[:-1], "k" * 300, "k" * 301)]
+    for lock in locks:
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(lock.acquire, wait=False).result(10)
+    for key in (longest + "y", "y" + longest):
+        assert cache.get(key, createfunc=lambda: "made") == "made"
+
+
+def test_nothing_is_made_where_the_lock_could_not_be_given_back() -> None:
+    """At an original ttserver without our script, whose own commands could take a lock and store a value."""
+    with Original(script=None) as server:
+        cache = beaker_cache({"url": server.url})
+        made: list[int] = []
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="atomic = no"):
+                cache.get("key", createfunc=lambda: made.append(1))
+        assert made == []
+        assert server.store.count() == 0
 
 
 def test_clearing_a_cache_leaves_its_locks(options: dict[str, Any]) -> None:
@@ -239,7 +267,8 @@ def test_a_missing_value_is_made_in_five_calls(counting: FaultyStore) -> None:
     cache = beaker_cache({"url": counting})
     assert cache.get("key", createfunc=lambda: "made") == "made"
     looked, locked, looked_again, stored, released = counting.calls
-    assert [looked, locked, looked_again, stored, released] == ["get", "add", "get", "put", "compare_and_swap"]
+    assert [looked, looked_again, stored] == ["get", "get", "put"]
+    assert [locked, released] == ["compare_and_swap"] * 2
 
 
 def test_a_stale_value_that_another_makes_anew_is_served_in_three_calls(counting: FaultyStore) -> None:
@@ -249,7 +278,7 @@ def test_a_stale_value_that_another_makes_anew_is_served_in_three_calls(counting
         assert threads.submit(cache.namespace.get_creation_lock(b"key").acquire).result(10)
     counting.calls.clear()
     assert cache.get("key", createfunc=lambda: "not called") == "stale"
-    assert counting.calls == ["get", "add", "get"]
+    assert counting.calls == ["get", "compare_and_swap", "get"]
 
 
 def test_what_is_read_under_a_lock_is_forgotten_with_it(counting: FaultyStore) -> None:
@@ -348,18 +377,76 @@ def test_a_value_of_the_oldest_form_is_brought_up_to_date(options: dict[str, Any
     assert manager["key"] == (1.0, None, "old")
 
 
-def test_a_damaged_record_is_found_and_is_an_error(counting: FaultyStore) -> None:
-    cache = beaker_cache({"url": counting})
-    cache.put("key", 1)
-    (key,) = counting.keys()
-    counting.put(key, b"[1]")
-    manager = cache.namespace
-    manager.acquire_read_lock()
-    assert b"key" in manager
-    for _ in range(2):
-        with pytest.raises(DocumentDamagedError):
-            manager[b"key"]
-    manager.release_read_lock()
+# Damage
+
+
+class Counted(observe.Listener):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def count(self, name: str, n: int = 1) -> None:
+        self.names += [name] * n
+
+
+def damage(cache: Cache, store: Store, key: str, data: bytes = b"[1]") -> bytes:
+    """Let the cache have a damaged entry; answers its record key."""
+    record: bytes = cache.namespace.records.record(key)
+    store.put(record, data)
+    return record
+
+
+@pytest.mark.parametrize("data", [b"garbage", b"", b"[1]", b'{"_expires":"soon"}', b'{"_sealed":1}'])
+def test_a_damaged_entry_is_made_anew(
+    options: dict[str, Any],
+    store: Store,
+    data: bytes,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody can mend it, so an error would come with every request."""
+    counted = Counted()
+    monkeypatch.setattr(observe, "listener", counted)
+    cache = beaker_cache({**options, "store_key": f"{STORE_KEY} plaintext"})
+    key = "k" * 1000
+    record = damage(cache, store, key, data)
+    assert cache.get(key, createfunc=lambda: "made") == "made"
+    assert cache.get(key) == "made"
+    assert store.get(record) != data
+    assert set(counted.names) == {"documents.damaged"}
+    (said,) = caplog.messages
+    assert f"the entry {record[:100].decode()} is damaged and counts as absent: the record" in said
+    assert len(said) < 300
+
+
+def test_a_damaged_entry_counts_as_absent(options: dict[str, Any], store: Store) -> None:
+    cache = beaker_cache(options)
+    record = damage(cache, store, "key")
+    with pytest.raises(KeyError):
+        cache.get("key")
+    assert "key" not in cache
+    assert store.get(record) == b"[1]"
+    cache.put("key", "new")
+    assert cache.get("key") == "new"
+
+
+def test_a_damaged_entry_can_be_removed(options: dict[str, Any], store: Store) -> None:
+    cache = beaker_cache(options)
+    record = damage(cache, store, "key")
+    cache.remove_value("key")
+    assert store.get(record) is None
+
+
+def test_an_entry_without_its_key_is_an_outage(options: dict[str, Any], store: Store) -> None:
+    """A process that was given no key, or a wrong one, must not overwrite what the others have."""
+    cache = beaker_cache({**options, "store_key": STORE_KEY})
+    cache.put("key", "sealed")
+    record = cache.namespace.records.record("key")
+    sealed = store.get(record)
+    with pytest.raises(StoreUnavailable, match="is sealed"):
+        beaker_cache(options).get("key", createfunc=lambda: "not called")
+    with pytest.raises(StoreUnavailable, match="is sealed"):
+        beaker_cache(options).namespace[b"key"]
+    assert store.get(record) == sealed
 
 
 # Failures

@@ -5,12 +5,14 @@ import collections
 import datetime
 import decimal
 import enum
+import gc
 import json
 import math
 import pickle
 import subprocess
 import sys
 import uuid
+import weakref
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -22,8 +24,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from beaker_statestore import documents
+from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import MAX_DEPTH, Document
 from beaker_statestore.exceptions import DocumentDamagedError, DocumentRefusedError, ValueTooLargeError
+from beaker_statestore.settings import Settings
+from beaker_statestore.stores.memory import MemoryStore
 
 CODECS = {"simplejson": documents._SIMPLEJSON, "orjson": documents._ORJSON}
 
@@ -587,3 +592,19 @@ def test_the_difference_tells_a_touch_from_a_change() -> None:
     assert documents.difference(base, {"_accessed_time": 2.0, "cart": [1], "gone": 1}) == {"_accessed_time"}
     assert documents.difference(base, {"_accessed_time": 1.0, "cart": [True], "new": 0}) == {"cart", "gone", "new"}
     assert documents.difference(base, json.loads(json.dumps(base))) == frozenset()
+
+
+# -- the codec of an application
+
+
+def test_a_codec_keeps_no_store_for_ever() -> None:
+    """Settings may have one for their url, and tests and reloading applications make new ones all the time."""
+    kept = []
+    for _ in range(200):
+        store = MemoryStore()
+        settings = Settings(url=store)
+        assert DocumentCodec.of(settings) is DocumentCodec.of(settings)
+        kept.append(weakref.ref(store))
+        del store, settings
+    gc.collect()
+    assert sum(reference() is not None for reference in kept) <= 64

@@ -148,7 +148,7 @@ def test_without_a_rival_it_takes_two_calls() -> None:
     lease = Lease(store, KEY, LONG)
     lease.acquire()
     lease.release()
-    assert store.calls == ["add", "compare_and_swap"]
+    assert store.calls == ["compare_and_swap"] * 2
 
 
 def test_one_thread_of_a_process_asks_for_all() -> None:
@@ -162,7 +162,7 @@ def test_one_thread_of_a_process_asks_for_all() -> None:
 
     with ThreadPoolExecutor(20) as threads:
         waiting = [threads.submit(wait) for _ in range(20)]
-        wait_until(lambda: store.calls.count("add") == 21)
+        wait_until(lambda: store.calls.count("compare_and_swap") == 21)
         locks._process.wake((store, KEY))  # one release is no reason to look for ever without a pause
         begun = time.monotonic()
         time.sleep(0.5)
@@ -196,7 +196,7 @@ def test_within_a_process_a_release_ends_the_pause(store: Store, key: bytes, mon
     lease.acquire()
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(lease.acquire)
-        wait_until(locks._process.contest((store, key)).turn.locked)
+        wait_until(locks._process.contest((store, key), LONG).turn.locked)
         lease.release()
         assert waiting.result(5)
 
@@ -289,8 +289,8 @@ def test_clocks_that_jump_do_not_matter(store: Store, key: bytes, monkeypatch: p
     monkeypatch.setattr(locks, "time", clock)
     lease = Lease(store, key, SHORT)
     assert lease.acquire()
-    assert not elsewhere(lambda: Lease(store, key, SHORT).acquire(wait=False))
     begun = time.monotonic()
+    assert not elsewhere(lambda: Lease(store, key, SHORT).acquire(wait=False))
     assert elsewhere(lambda: Lease(store, key, SHORT).acquire())
     assert SHORT <= time.monotonic() - begun < SHORT + 5
     lease.release()
@@ -321,7 +321,7 @@ def test_a_child_waits_for_no_thread_of_its_parent(store: Store, key: bytes) -> 
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    contest = locks._process.contest((store, key))
+    contest = locks._process.contest((store, key), LONG)
     wait_until(contest.turn.locked)
 
     def in_child() -> bool:
@@ -336,21 +336,66 @@ def test_a_child_waits_for_no_thread_of_its_parent(store: Store, key: bytes) -> 
     assert not waiting.is_alive()
 
 
+# Holds that are never released: Beaker's "try" begins behind its "acquire", and an exception can come in between
+
+
+def test_a_hold_is_not_believed_in_beyond_its_lease(store: Store, key: bytes) -> None:
+    """Others may have the lock by then."""
+    lease = Lease(store, key, SHORT)
+    assert lease.acquire()
+    store.put(key, b"somebody else's")
+    assert lease.acquire(wait=False)
+    wait_until(lambda: not lease.acquire(wait=False))
+    assert store.get(key) == b"somebody else's"
+    lease.release()
+    assert store.get(key) == b"somebody else's"
+
+
+def test_a_forgotten_hold_ends_with_the_next_one(store: Store, key: bytes) -> None:
+    lease = Lease(store, key, SHORT)
+    assert lease.acquire()
+    forgotten = store.get(key)
+    time.sleep(SHORT)
+    assert lease.acquire(wait=False)
+    mine = store.get(key)
+    # A new token: others who watch have to wait for a lease of their own.
+    assert mine != forgotten
+    assert lease.acquire(wait=False)
+    assert store.get(key) == mine
+    lease.release()
+    lease.release()
+    assert store.get(key) is None
+
+
+def test_the_lease_of_a_hold_begins_when_it_was_taken(store: Store, key: bytes) -> None:
+    """However long it was waited for."""
+    store.put(key, b"a crashed holder's")
+    lease = Lease(store, key, SHORT)
+    assert lease.acquire()
+    mine = store.get(key)
+    assert lease.acquire(wait=False)
+    assert store.get(key) == mine
+    lease.release()
+    assert store.get(key) == mine
+
+
 # Failures
 
 
 @pytest.mark.parametrize("executed", [False, True])
 @pytest.mark.parametrize("for_good", [False, True])
-@pytest.mark.parametrize("before", ["free", "dead", "held"])
+@pytest.mark.parametrize("before", ["free", "dead", "held", "forgotten"])
 def test_whatever_call_fails(executed: bool, for_good: bool, before: str) -> None:
     """There is one holder or an error, and the lock can be had again, at the latest after the lease."""
     for n in itertools.count(1):
         store = FaultyStore(MemoryStore())
         lease = Lease(store, KEY, 0.02)
-        if before != "free":
+        if before in ("dead", "held"):
             store.store.put(KEY, b"a holder's")
             assert not lease.acquire(wait=False)
-        if before == "dead":
+        if before == "forgotten":
+            assert lease.acquire()
+        if before in ("dead", "forgotten"):
             time.sleep(0.02)
         store.fail(n, executed=executed, for_good=for_good)
         acquired = False
@@ -391,6 +436,21 @@ def test_a_release_that_fails_is_told_and_does_no_harm(caplog: pytest.LogCapture
     assert elsewhere(lambda: Lease(store, KEY, LONG).acquire(wait=False))
 
 
+def test_failures_do_not_make_a_watch_begin_anew(counted: list[str]) -> None:
+    store = FaultyStore(MemoryStore())
+    store.put(KEY, b"a crashed holder's")
+    lease = Lease(store, KEY, SHORT)
+    assert not lease.acquire(wait=False)
+    begun = time.monotonic()
+    while time.monotonic() - begun < SHORT:
+        store.fail(1)
+        with pytest.raises(StoreUnavailable):
+            lease.acquire(wait=False)
+    assert lease.acquire(wait=False)
+    assert "locks.taken_over" in counted
+    assert len(locks._process.contest((store, KEY), SHORT)._abandoned) <= locks.MAX_ABANDONED
+
+
 def test_an_answer_that_was_lost_costs_nothing(counted: list[str]) -> None:
     store = FaultyStore(MemoryStore())
     lease = Lease(store, KEY, LONG)
@@ -406,44 +466,75 @@ def test_a_release_is_repeated_when_it_may_not_have_been_carried_out(counted: li
     class Losing(MemoryStore):
         lost = 0
 
-        def compare_and_swap(self, *arguments: Any) -> bool:
-            self.lost += 1
-            if self.lost == 1:
+        def compare_and_swap(
+            self, key: bytes, expected: bytes | None, new: bytes | None, expires_at: float | None = None
+        ) -> bool:
+            if new is None and not self.lost:
+                self.lost += 1
                 raise OutcomeUnknown("the connection broke, maybe before the request arrived")
-            return super().compare_and_swap(*arguments)
+            return super().compare_and_swap(key, expected, new, expires_at)
 
     store = Losing()
     lease = Lease(store, KEY, LONG)
     lease.acquire()
     lease.release()
+    assert store.lost
     assert store.get(KEY) is None
     assert counted == ["locks.outcome_unknown"]
 
 
+class Late(MemoryStore):
+    """A server that hung, and carries the first swap out after we have looked for what came of it: upon `due`."""
+
+    late: tuple[Any, ...] | None = None
+    looks = 0
+
+    def compare_and_swap(self, *arguments: Any) -> bool:
+        if self.late is None:
+            self.late = arguments
+            raise OutcomeUnknown("no answer in time")
+        return super().compare_and_swap(*arguments)
+
+    def get(self, key: bytes) -> bytes | None:
+        self.looks += 1
+        if self.looks == 2:
+            self.second_look()
+        return super().get(key)
+
+    def due(self) -> None:
+        assert self.late is not None
+        assert super().compare_and_swap(*self.late)
+
+    second_look = due
+
+
 def test_a_request_that_is_carried_out_late_is_recognised() -> None:
-    """A server that hung may do so after we have looked for what came of it."""
-
-    class Late(MemoryStore):
-        looks = 0
-        late: tuple[Any, ...] | None = None
-
-        def add(self, *arguments: Any) -> bool:
-            if self.late is None:
-                self.late = arguments
-                raise OutcomeUnknown("no answer in time")
-            return super().add(*arguments)
-
-        def get(self, key: bytes) -> bytes | None:
-            self.looks += 1
-            if self.looks == 2 and self.late:
-                super().add(*self.late)
-            return super().get(key)
-
     store = Late()
     lease = Lease(store, KEY, LONG)
     assert lease.acquire(wait=False)
     lease.release()
     assert store.get(KEY) is None
+
+
+class TimeOut(BaseException):
+    """As gevent's and eventlet's."""
+
+
+@pytest.mark.parametrize("failure", [StoreUnavailable, TimeOut])
+def test_it_is_recognised_even_when_the_attempt_has_been_given_up(failure: type[BaseException]) -> None:
+    """Whoever tries next finds a lock of this process that no thread has, and need not wait for its end."""
+
+    class Down(Late):
+        def second_look(self) -> None:
+            raise failure("down")
+
+    store = Down()
+    lease = Lease(store, KEY, LONG)
+    with pytest.raises(failure, match="down"):
+        lease.acquire()
+    locks._process.contest((store, KEY), LONG).abandon(b"of a later attempt, which was never carried out")
+    store.due()
+    assert elsewhere(partial(Lease(store, KEY, LONG).acquire, wait=False))
 
 
 def test_a_store_that_hangs_keeps_no_queue() -> None:
@@ -462,7 +553,7 @@ def test_a_store_that_hangs_keeps_no_queue() -> None:
     store.put(KEY, b"a holder's")
     with ThreadPoolExecutor(10) as threads:
         waiting = [threads.submit(Lease(store, KEY, LONG).acquire) for _ in range(10)]
-        contest = locks._process.contest((store, KEY))
+        contest = locks._process.contest((store, KEY), LONG)
         wait_until(contest.turn.locked)
         begun = time.monotonic()
         store.hangs.set()
@@ -472,14 +563,31 @@ def test_a_store_that_hangs_keeps_no_queue() -> None:
         assert time.monotonic() - begun < 5
 
 
-def test_a_process_does_not_remember_every_lock_there_ever_was(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Lease]]:
+    """Locks whose holders have died, more of them than a process remembers for good."""
     monkeypatch.setattr(locks, "MAX_CONTESTS", 3)
     monkeypatch.setattr(locks, "_process", locks._Process())
     store = MemoryStore()
     for n in range(10):
         store.put(b"%d" % n, b"a holder's")
-        assert not Lease(store, b"%d" % n, LONG).acquire(wait=False)
-    assert list(locks._process._contests) == [(store, b"7"), (store, b"8"), (store, b"9")]
+    return [Lease(store, b"%d" % n, SHORT) for n in range(10)]
+
+
+def test_many_locks_of_dead_holders_are_all_taken_over(few: list[Lease]) -> None:
+    """Each look at one must not make the process forget another that it watches."""
+    begun = time.monotonic()
+    wait_until(lambda: sum(lease.acquire(wait=False) for lease in few) == len(few))
+    assert SHORT <= time.monotonic() - begun < SHORT + 5
+
+
+def test_a_process_does_not_remember_every_lock_there_ever_was(few: list[Lease]) -> None:
+    for lease in few[:9]:
+        assert not lease.acquire(wait=False)
+    assert len(locks._process._contests) == 9
+    time.sleep(SHORT)
+    assert not few[9].acquire(wait=False)
+    assert list(locks._process._contests) == [lease._place for lease in few[7:]]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

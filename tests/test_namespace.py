@@ -17,7 +17,7 @@ from beaker.util import parse_cache_config_options
 from webtest import TestApp
 
 from beaker_statestore import namespace, settings
-from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError, DocumentRefusedError
+from beaker_statestore.exceptions import ConfigurationError, DocumentRefusedError
 from beaker_statestore.namespace import DocumentManager, TCJSONContainer, TCJSONNamespaceManager, register
 from beaker_statestore.settings import UnknownOptionWarning
 from beaker_statestore.stores.base import Store
@@ -183,23 +183,6 @@ def test_a_cached_value_that_json_cannot_hold_is_refused_by_its_path(cache: Cach
     with pytest.raises(DocumentRefusedError, match=r"cache\['key'\]\['value'\]\['when'\] is a set"):
         cache.put("key", {"when": {1}})
     assert "key" not in cache
-
-
-def test_a_damaged_cache_record_is_named(cache: Cache, options: dict[str, Any], store: Store) -> None:
-    cache.put("key", 1)
-    (key,) = store.keys(options["prefix"].encode())
-    store.put(key, b"[1]")
-    with pytest.raises(DocumentDamagedError, match="array"):
-        cache.get("key")
-
-
-def test_a_damaged_cache_record_can_be_removed(cache: Cache, options: dict[str, Any], store: Store) -> None:
-    cache.put("key", 1)
-    (key,) = store.keys(options["prefix"].encode())
-    store.put(key, b"[1]")
-    cache.remove_value("key")
-    assert store.get(key) is None
-    assert cache.get("key", createfunc=lambda: 2) == 2
 
 
 def test_a_cache_is_no_session_whatever_its_options(options: dict[str, Any], store: Store) -> None:

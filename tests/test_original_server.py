@@ -355,6 +355,16 @@ def test_pages_by_prefixes_are_the_keys_in_order_each_once(
     assert found == [key for key in ordered if key.startswith(prefix)]
 
 
+def test_a_cursor_of_another_prefix_leads_to_none_of_its_keys() -> None:
+    ordered = [b"blog:1", b"blog:2", b"shop:1"]
+
+    def first_keys(prefixes: Sequence[bytes], most: int) -> list[list[bytes]]:
+        return [[key for key in ordered if key.startswith(each)][:most] for each in prefixes]
+
+    assert page(first_keys, b"shop:", b"blog:", 5) == ([], None)
+    assert page(first_keys, b"shop:", b"blog:1", 5) == ([], None)
+
+
 # -- the script itself
 
 

@@ -289,16 +289,25 @@ def test_a_compression_bomb_is_refused_without_unpacking_it() -> None:
     bomb = payload_of(zlib.compress(b'{"a": "' + b"x" * 60_000_000 + b'"}', 1))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueTooLargeError, match="the session unpacks to more than 8,388,608 bytes"):
-            payloads.read(bomb)
+        with pytest.raises(ValueTooLargeError, match="the session unpacks to more than 8,000,000 bytes"):
+            payloads.read(bomb, max_bytes=250_000)
         assert tracemalloc.get_traced_memory()[1] < 30_000_000
     finally:
         tracemalloc.stop()
 
 
 def test_a_huge_payload_is_refused_at_once() -> None:
-    with pytest.raises(ValueTooLargeError, match=r"the session takes 9,000,000 characters in Beaker's form"):
-        payloads.read("x" * 9_000_000)
+    with pytest.raises(ValueTooLargeError, match=r"the session takes 3,300,000 characters in Beaker's form"):
+        payloads.read("x" * 3_300_000, max_bytes=100_000)
+
+
+@pytest.mark.parametrize("types", ["strict", "tagged", "warn"])
+@pytest.mark.parametrize("times", [2, 9, 20])
+def test_a_session_far_beyond_the_limit_is_refused_by_its_largest_field(times: int, types: str) -> None:
+    for form in FORMS:
+        for upload in ("x" * times * 100_000, ["some text"] * times * 9000):
+            with pytest.raises(ValueTooLargeError, match=r"its largest fields are 'upload' with (about|more than) \d"):
+                payloads.read(beakers(form, {"user": "zoe", "upload": upload}), max_bytes=100_000, types=types)
 
 
 # -- what is found in a pickle

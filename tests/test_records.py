@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from beaker_statestore.cli import main
+from beaker_statestore.namespace import TCJSONNamespaceManager
 from beaker_statestore.router import RouterStateStorage
 from beaker_statestore.stores import open_store
 from beaker_statestore.testing import ServerProcess, free_port
@@ -254,6 +255,39 @@ def test_an_abbreviation_of_several_is_of_none(run: Any, prefix: str, command: s
     assert len(run("keys", prefix).output.splitlines()) == 2
 
 
+@pytest.mark.parametrize("command", ["delete", "get"])
+@pytest.mark.parametrize("key", ["session:tenant-1", "session:0123456789-1", "session:01234567:x"])
+def test_a_key_without_the_form_of_an_id_stands_for_itself_alone(
+    run: Any, prefix: str, options: dict[str, Any], key: str, command: str
+) -> None:
+    store = open_store(options["url"])
+    others = [f"{prefix}{key}{more}".encode() for more in ("0", "00000000", "…", ":a")]
+    store.put_many(dict.fromkeys(others, b"{}"))
+    assert run(command, prefix + key).exit_code == 1
+    assert run(command, f"{prefix}session:tenant-1…0").exit_code == 1
+    assert list(store.keys(prefix.encode())) == sorted(others)
+
+
+def test_the_beginning_of_an_id_stands_only_for_whole_ids(run: Any, prefix: str, options: dict[str, Any]) -> None:
+    store = open_store(options["url"])
+    others = [f"{prefix}session:{ID[:9]}{more}".encode() for more in ("", ID, "-x", f"{ID[9:]}0")]
+    store.put_many(dict.fromkeys(others, b"{}"))
+    for _ in range(2):
+        assert run("delete", f"{prefix}session:{ID[:8]}").exit_code == 1
+        assert run("delete", f"{prefix}session:{ID[:8]}…").exit_code == 1
+    missing = run("get", f"{prefix}session:{ID[:-1]}")
+    assert missing.output == f"Error: there is no record {prefix}session:01234567…\n"
+    assert list(store.keys(prefix.encode())) == sorted(others)
+
+
+def test_nothing_is_put_under_an_abbreviation(run: Any, prefix: str) -> None:
+    refused = run("put", f"{prefix}session:01234567…", "{}")
+    assert refused.exit_code == 1
+    assert "give the whole session id" in refused.output
+    assert run("keys", prefix).output == ""
+    assert run("put", f"{prefix}cache:ns:more…", "{}").exit_code == 0
+
+
 @pytest.mark.parametrize("key", ["session:0123456…", "session:0123456", "session:sha256-f…", "cache:ns:01234567…"])
 def test_too_little_finds_nothing(run: Any, prefix: str, key: str) -> None:
     for there in (f"session:{ID}", f"session:sha256-{HASH}", f"cache:ns:{ID}"):
@@ -272,3 +306,76 @@ def test_an_index_shows_no_whole_session_id_but_raw(run: Any, prefix: str, ini: 
     assert json.loads(run("get", "--raw", f"{prefix}index:user:zed").output) == json.loads(text)
     run("put", f"{prefix}cache:ns:zed", text)
     assert json.loads(run("get", f"{prefix}cache:ns:zed").output) == json.loads(text)
+
+
+# -- store_key
+
+SESSION_KEY = "ab" * 32
+CACHE_KEY = "cd" * 32
+
+
+@pytest.fixture
+def sealed_ini(options: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "sealed.ini"
+    lines = [f"beaker.{part}.{name} = {value}" for part in ("session", "cache") for name, value in options.items()]
+    lines += [f"beaker.session.store_key = {SESSION_KEY}", f"beaker.cache.store_key = {CACHE_KEY}"]
+    lines += ["beaker.cache.regions = short", "beaker.cache.short.expire = 60"]
+    path.write_text("\n".join(["[app:main]", *lines, ""]))
+    return str(path)
+
+
+def test_a_caches_records_are_read_and_written_by_its_own_key(
+    run: Any, prefix: str, options: dict[str, Any], sealed_ini: str
+) -> None:
+    pages = TCJSONNamespaceManager("pages", **options, store_key=CACHE_KEY)
+    pages.set_value("a", (1.0, None, {"x": 1}))
+    key = f"{prefix}cache:pages:a"
+    document = json.loads(run("get", key, "--ini", sealed_ini, url=None).output)
+    assert document["value"] == {"x": 1}
+    document["value"] = {"x": 2}
+    assert run("put", key, json.dumps(document), "--ini", sealed_ini, url=None).exit_code == 0
+    assert pages["a"] == (1.0, None, {"x": 2})
+    assert b"_sealed" in (open_store(options["url"]).get(key.encode()) or b"")
+    assert run("delete", key, "--ini", sealed_ini, url=None).exit_code == 0
+    assert "a" not in pages
+
+
+def test_a_caches_records_are_where_the_cache_is(tmp_path: Path) -> None:
+    path = tmp_path / "two.ini"
+    path.write_text(
+        f"[app:main]\nbeaker.session.url = lmdb://{tmp_path}/sessions.lmdb\n"
+        f"beaker.cache.url = lmdb://{tmp_path}/cache.lmdb\n"
+    )
+    for key in ("session:x", "cache:a:b"):
+        assert CliRunner().invoke(main, ["put", key, "{}", "--ini", str(path)]).exit_code == 0
+    assert list(open_store(f"lmdb://{tmp_path}/sessions.lmdb").keys()) == [b"session:x"]
+    assert list(open_store(f"lmdb://{tmp_path}/cache.lmdb").keys()) == [b"cache:a:b"]
+
+
+def test_nothing_is_put_into_a_cache_whose_key_nobody_knows(
+    run: Any, prefix: str, options: dict[str, Any], sealed_ini: str
+) -> None:
+    TCJSONNamespaceManager("pages", **options, store_key=CACHE_KEY).set_value("a", (1.0, None, 1))
+    path = Path(sealed_ini)
+    path.write_text(path.read_text().replace("beaker.cache.url", "beaker.cache.short.url"))
+    key = f"{prefix}cache:pages:a"
+    before = open_store(options["url"]).get(key.encode())
+    refused = run("put", key, "{}", "--ini", sealed_ini, url=None)
+    assert refused.exit_code == 1
+    assert "beaker.cache.url is not set" in refused.output
+    assert open_store(options["url"]).get(key.encode()) == before
+    shown = run("get", key, "--ini", sealed_ini, url=None)
+    assert "the record is sealed" in shown.output
+
+
+def test_locks_are_read_in_the_clear(run: Any, prefix: str, options: dict[str, Any], sealed_ini: str) -> None:
+    pages = TCJSONNamespaceManager("pages", **options, store_key=CACHE_KEY)
+    lock = pages.get_creation_lock("a")
+    assert lock.acquire()
+    try:
+        [key] = [json.loads(line) for line in run("keys", f"{prefix}lock:").output.splitlines()]
+        got = run("get", key, "--ini", sealed_ini, url=None)
+        assert got.exit_code == 0, got.output
+        assert "_expires" in json.loads(got.output)
+    finally:
+        lock.release()

@@ -454,7 +454,7 @@ def test_the_command_line_opens_and_seals_by_the_ini(tyrant_server: ServerProces
 
     unread = run(main, ["get", key, *by_url])
     assert unread.exit_code == 1
-    assert "the record is sealed: set store_key" in unread.output
+    assert "is sealed: set store_key" in unread.output
     assert "--ini" in unread.output
     assert unread.output.count("\n") == 1
     assert run(main, ["put", key, raw.output, *by_ini]).exit_code == 1

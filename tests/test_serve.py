@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -13,8 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from beaker_statestore import ports
+from beaker_statestore import ports, serve
+from beaker_statestore.stores.memory import MemoryStore
+from beaker_statestore.tyrant import server
 from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.commands import GET, PUT, RNUM, STORE_FAILED, SUCCESS, Reply
 from tests.serving import PATIENCE, RawClient
@@ -148,6 +152,41 @@ def test_it_refuses_in_one_line_what_it_cannot_do(tmp_path: Path, arguments: lis
     said = refused(*arguments, cwd=tmp_path)
     assert re.search(culprit, said), said
     assert "secret" not in said
+
+
+@pytest.mark.parametrize("option", ["--sweep", "--patience"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_what_is_no_number_of_seconds_is_refused(option: str, value: str) -> None:
+    refused = CliRunner().invoke(serve.serve, [option, value, "--db", "memory:", "--listen", "unix:/nowhere/s"])
+    assert refused.exit_code == 2
+    assert f"Invalid value for '{option}'" in refused.output
+
+
+def test_a_defect_in_sweeping_stops_no_server_from_stopping_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = []
+
+    async def broken(*_: object) -> None:
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+        raise ValueError("a defect")
+
+    class Store(MemoryStore):
+        def sync(self) -> None:
+            done.append("sync")
+
+    class Server(server.Server):
+        async def stop(self) -> None:
+            await super().stop()
+            done.append("stop")
+
+    monkeypatch.setattr(serve, "_sweep_for_ever", broken)
+    monkeypatch.setattr(serve, "Server", Server)
+    monkeypatch.setattr(serve, "open_store", lambda _: Store())
+    ended = CliRunner().invoke(serve.serve, ["--db", "memory:", "--listen", f"unix:{tmp_path}/s"])
+    assert ended.exit_code == 0, ended.output
+    assert done == ["stop", "sync"]
+    assert "a defect" in caplog.text
 
 
 def test_a_taken_port_is_named_with_its_holder_and_the_remedy(tmp_path: Path) -> None:

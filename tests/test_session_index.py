@@ -14,7 +14,12 @@ import pytest
 from beaker.session import Session
 
 from beaker_statestore import documents, sessionindex
-from beaker_statestore.exceptions import ConfigurationError, DocumentRefusedError, StoreUnavailable
+from beaker_statestore.exceptions import (
+    ConfigurationError,
+    DocumentRefusedError,
+    StoreUnavailable,
+    ValueTooLargeError,
+)
 from beaker_statestore.keys import Namespace
 from beaker_statestore.sessions import Sessions
 from beaker_statestore.settings import Settings
@@ -84,11 +89,11 @@ def test_several_fields(indexed: dict[str, Any]) -> None:
     session.update(user="zed", company="acme")
     session.save()
     sessions = Sessions(Settings.from_options(indexed))
-    assert len(sessions.of("zed")) == len(sessions.of("acme", field="company")) == 1
-    assert sessions.revoke("acme", field="company") == 1
+    assert len(sessions.of("zed")) == len(sessions.of("acme", by="company")) == 1
+    assert sessions.revoke("acme", by="company") == 1
     assert sessions.of("zed") == []
     with pytest.raises(ConfigurationError, match="'role'"):
-        sessions.of("admin", field="role")
+        sessions.of("admin", by="role")
 
 
 def test_who_has_left_is_not_found(indexed: dict[str, Any], sessions: Sessions) -> None:
@@ -143,9 +148,117 @@ def test_without_the_option_nobody_can_ask(indexed: dict[str, Any]) -> None:
         Sessions(Settings.from_options({**indexed, "index": ""}))
 
 
-def test_what_encrypt_key_hides_cannot_be_listed(indexed: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="store_key"):
-        request(indexed, uuid.uuid4().hex, encrypted=True, invalidate_corrupt=False)
+@pytest.mark.parametrize("option", ["index", "max_lifetime"])
+def test_what_encrypt_key_hides_cannot_be_looked_into(option: str) -> None:
+    options = {"url": "memory:", "encrypted": True, option: "1000"}
+    with pytest.raises(ConfigurationError, match=rf"beaker\.session\.{option} needs .*session\.store_key"):
+        Settings.from_options(options)
+
+
+@pytest.mark.parametrize("index", ["yes", "_id", "user, false"])
+def test_an_index_that_names_no_key_is_refused(index: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"beaker\.session\.index is .* such as user"):
+        Settings.from_options({"url": "memory:", "index": index})
+
+
+@pytest.mark.parametrize("nobody", [None, "", False])
+def test_nobodys_sessions_are_not_listed(
+    indexed: dict[str, Any], store: Store, sessions: Sessions, nobody: Any
+) -> None:
+    login(indexed, nobody)
+    assert not list(store.keys(f"{indexed['prefix']}index:".encode()))
+    with pytest.raises(ValueError, match="nobody"):
+        sessions.of(nobody)
+
+
+def test_what_is_shown_is_what_the_application_keeps(indexed: dict[str, Any]) -> None:
+    tagged = {**indexed, "types": "tagged"}
+    session = request(tagged, uuid.uuid4().hex)
+    session.update(user="zed", roles={"admin"}, csrf_token="secret")
+    session.save()
+    (found,) = Sessions(Settings.from_options(tagged)).of("zed")
+    assert found.data == {"user": "zed", "roles": {"admin"}, "csrf_token": "secret"}
+    assert "secret" not in repr(found)
+
+
+def test_what_max_lifetime_has_ended_is_not_found(indexed: dict[str, Any]) -> None:
+    """Also where the option is newer than the session."""
+    login(indexed, "zed")
+    assert Sessions(Settings.from_options({**indexed, "max_lifetime": 1e-6})).of("zed") == []
+
+
+def test_one_session_that_cannot_be_ended_does_not_keep_the_others(indexed: dict[str, Any], store: Store) -> None:
+    ids = [login(indexed, "zed") for _ in range(3)]
+    faulty = FaultyStore(store)
+    sessions = Sessions(Settings.from_options({**indexed, "url": faulty}))
+    faulty.fail(2)
+    with pytest.raises(StoreUnavailable):
+        sessions.revoke("zed")
+    assert sorted(request(indexed, i).is_new for i in ids) == [False, True, True]
+
+
+def test_more_sessions_than_can_be_listed(
+    indexed: dict[str, Any], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dead make room; of the living the message names none."""
+    small = {**indexed, "max_value": 2000}
+    full: list[str] = []
+    with pytest.raises(ValueTooLargeError, match="sessions have 'zed' in 'user'") as raised:
+        full.extend(login(small, "zed") for _ in range(100))
+    assert full
+    assert not any(member(indexed, session_id)[:8] in str(raised.value) for session_id in full)
+    monkeypatch.setattr(sessionindex, "LOOKED_UP", 1)
+    dead = full[: len(full) // 2]
+    for session_id in dead:
+        session = request(small, session_id)
+        session.delete()
+        session.save()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + sessionindex.GRACE + 1)
+    login(small, "zed")
+    assert len(Sessions(Settings.from_options(small)).of("zed")) == len(full) - len(dead) + 1
+
+
+def test_all_of_the_dead_are_dropped_in_time_however_many_live(
+    indexed: dict[str, Any], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessionindex, "LOOKED_UP", 5)
+    living = [login(indexed, "zed") for _ in range(5)]
+    for _ in range(5):
+        session = request(indexed, login(indexed, "zed"))
+        session.delete()
+        session.save()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + sessionindex.GRACE + 1)
+    for _ in range(50):
+        living.append(login(indexed, "zed"))
+    assert len(index_document(indexed, store, "zed")) == len(living)
+
+
+def test_what_a_request_under_way_brings_back_is_still_listed(
+    indexed: dict[str, Any], store: Store, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session expires while it runs, and another login drops what is dead."""
+    timed = {**indexed, "timeout": 600}
+    session_id = login(timed, "zed")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + sessionindex.GRACE - 100)
+    record = json.loads(store.get(record_key(indexed, session_id)) or b"{}")
+    now = time.time()
+    record.update(_accessed_time=now - 590, _expires=now + 130)
+    store.put(record_key(indexed, session_id), json.dumps(record).encode())
+    slow = request(timed, session_id)
+    monkeypatch.setattr(time, "time", lambda: real() + sessionindex.GRACE + 100)
+    login(timed, "zed")
+    slow["n"] = 1
+    slow.save()
+    assert request(timed, session_id)["n"] == 1
+    assert len(sessions.of("zed")) == 2
+    late = request(timed, session_id)
+    monkeypatch.setattr(time, "time", lambda: real() + 3 * sessionindex.GRACE)
+    late["n"] = 2
+    late.save()
+    assert json.loads(store.get(record_key(indexed, session_id)) or b"{}")["n"] == 1
 
 
 class Stopping(FaultyStore):

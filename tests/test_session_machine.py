@@ -11,8 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
+from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.sessions import Sessions
 from beaker_statestore.settings import Settings
+from beaker_statestore.stores import open_store
+from beaker_statestore.websession import StateSession
 
 FIELDS = st.sampled_from(["user", "cart", "n", "ünï"])
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(-2, 2), st.just(0.0), st.text("aé", max_size=1))
@@ -31,7 +34,7 @@ class Request:
         #: What Beaker saves for a request that only reads. It shares its lists with `data`, as in Beaker.
         self.loaded = dict(self.data)
         self.base = copy.deepcopy(self.data)
-        self.saved = False
+        self.saved = self.ended = False
 
 
 class Life:
@@ -126,15 +129,19 @@ class Interleavings(RuleBasedStateMachine):
         """What the promises say of a save that turns ``base`` into ``data``."""
         if "user" in data and (request.life is None or data["user"] != base.get("user")):
             self.listed.add(data["user"])
-        if request.life is None:
+        if request.life is None and not request.ended:
             if self.alive is None and request.revocations == self.revocations:
                 self.alive = Life(request.began)
             request.life = self.alive
             if self.alive is not None:
                 self.alive.began = min(self.alive.began, request.began)
         # A session that was begun by somebody who was under way already cannot be told from the one that is known.
-        if self.alive is not None and (request.life is self.alive or self.alive.began < request.known_since):
-            self.alive.data = _applied(base, data, self.alive.data)
+        same = request.life is self.alive or (self.alive is not None and self.alive.began < request.known_since)
+        if self.alive is None or not same or request.ended:
+            # From then on it knows of no session, whatever others begin.
+            request.ended = True
+            return
+        self.alive.data = _applied(base, data, self.alive.data)
         request.known_since = self.tick()
 
     @invariant()
@@ -156,6 +163,84 @@ class Interleavings(RuleBasedStateMachine):
             assert bool(self.sessions.of(user)) is (self.alive is not None and self.alive.data.get("user") == user)
 
 
+class Renewals(RuleBasedStateMachine):
+    """Sessions that get new ids while others work in them: nobody's session is out of reach for whoever revokes."""
+
+    cookies = Bundle("cookies")
+    requests = Bundle("requests")
+
+    @initialize(sealed=st.booleans(), hashed=st.booleans())
+    def begin(self, sealed: bool, hashed: bool) -> None:
+        self.options: dict[str, Any] = {
+            "url": f"memory:{uuid.uuid4().hex}",
+            "index": "user",
+            "hash_ids": hashed,
+            "store_key": "0123456789abcdef" * 4 if sealed else "",
+        }
+        self.settings_of_all = Settings.from_options(self.options)
+        self.sessions = Sessions(self.settings_of_all)
+        self.store = open_store(self.options["url"])
+
+    @rule(target=cookies)
+    def visit(self) -> str:
+        session = self.open("")
+        session["seen"] = True
+        session.save()
+        return str(session.id)
+
+    @rule(target=requests, cookie=cookies)
+    def load(self, cookie: str) -> StateSession:
+        return self.open(f"beaker.session.id={cookie}")
+
+    def open(self, cookie: str) -> StateSession:
+        return StateSession({"cookie": cookie}, type="ext:tcjson", timeout=600, **self.options)
+
+    @rule(request=requests, user=st.sampled_from(["zed", "ann", None]))
+    def sign_in(self, request: StateSession, user: str | None) -> None:
+        request["user"] = user
+
+    @rule(request=requests)
+    def renew(self, request: StateSession) -> None:
+        request.regenerate_id()
+
+    @rule(target=cookies, request=requests)
+    def save(self, request: StateSession) -> str:
+        before = request.ids
+        request.save()
+        if len(before) > 1:
+            for old in before - {request.id}:
+                assert "seen" not in self.open(f"beaker.session.id={old}"), "the old id is still good"
+        return str(request.id)
+
+    @rule(request=consumes(requests))
+    def end_after_reading(self, request: StateSession) -> None:
+        request.save(accessed_only=True)
+
+    @rule(request=consumes(requests))
+    def log_out(self, request: StateSession) -> None:
+        request.delete()
+        request.save()
+
+    @rule(user=st.sampled_from(["zed", "ann"]))
+    def revoke(self, user: str) -> None:
+        listed = len(self.sessions.of(user))
+        assert self.sessions.revoke(user) == listed
+        assert user not in self.users()
+
+    def users(self) -> list[str]:
+        """What all live records say, however they are listed."""
+        codec = DocumentCodec.of(self.settings_of_all)
+        records = {key: self.store.get(key) for key in self.store.keys(b"session:")}
+        live = (codec.current(data, key) or {} for key, data in records.items())
+        return sorted(document["user"] for document in live if document.get("user"))
+
+    @invariant()
+    def every_session_is_listed(self) -> None:
+        if hasattr(self, "store"):
+            found = [session.data["user"] for user in ("ann", "zed") for session in self.sessions.of(user)]
+            assert sorted(found) == self.users()
+
+
 _ABSENT = object()
 
 
@@ -172,4 +257,5 @@ def _same(a: Any, b: Any) -> bool:
 
 
 TestInterleavings = Interleavings.TestCase
-TestInterleavings.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
+TestRenewals = Renewals.TestCase
+TestInterleavings.settings = TestRenewals.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -11,7 +11,7 @@ import pytest
 from paste.deploy import loadapp
 
 from beaker_statestore.exceptions import ConfigurationError
-from beaker_statestore.settings import Settings, UnknownOptionWarning, read_ini, session_options
+from beaker_statestore.settings import Settings, UnknownOptionWarning, cache_options, read_ini, session_options
 
 INI = """
 [DEFAULT]
@@ -166,3 +166,14 @@ def test_an_unknown_option_is_told_once() -> None:
 def test_timing_is_what_a_store_is_opened_with() -> None:
     settings = Settings.from_options({"url": "h", "connect_timeout": "1", "deadline": "3", "pool_size": "4"})
     assert settings.timing == {"connect_timeout": 1.0, "timeout": 3.0, "pool_size": 4, "atomic": True}
+
+
+def test_a_caches_options_are_its_own_and_not_its_regions() -> None:
+    application = {
+        "cache.url": "a",
+        "beaker.cache.url": "b",
+        "beaker.cache.regions": "short",
+        "beaker.cache.short.url": "c",
+        "beaker.session.url": "d",
+    }
+    assert cache_options(application) == {"url": "b", "regions": "short"}

@@ -5,6 +5,7 @@ A visitor's id is given away in these tests to somebody else, whose browser then
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import uuid
@@ -101,6 +102,13 @@ class Site:
 
 def cookie_of(browser: TestApp) -> str:
     return str(browser.cookies[KEY])
+
+
+def anonymous(site: Site) -> str:
+    """The cookie of somebody who has a session without ``user``."""
+    browser = site.browser()
+    browser.get("/?set=seen")
+    return cookie_of(browser)
 
 
 def id_in(cookie: str) -> str:
@@ -554,9 +562,9 @@ def test_a_session_whose_old_id_may_be_gone_reaches_the_visitor_with_the_503(fau
     site = Site({"url": faulty})
     browser = site.visitor()
     old = cookie_of(browser)
-    faulty.fail(3, executed=True, for_good=True)
+    faulty.fail(4, executed=True, for_good=True)
     response = browser.get("/?renew", status=503)
-    assert faulty.calls[:3] == ["get", "compare_and_swap", "compare_and_swap"]
+    assert faulty.calls[:4] == ["get", "get", "compare_and_swap", "compare_and_swap"]
     faulty.heal()
     assert cookie_of(browser) != old
     assert f"{KEY}={cookie_of(browser)}" in response.headers["Set-Cookie"]
@@ -584,7 +592,7 @@ def test_after_a_new_id_that_was_stored_in_vain_the_session_can_still_be_ended(f
     site = Site({"url": faulty})
     session = loaded(site, cookie_of(site.visitor()))
     session.regenerate_id()
-    faulty.fail(2)
+    faulty.fail(3)
     with pytest.raises(StoreUnavailable):
         session.save()
     assert len(site.records()) == 2
@@ -597,7 +605,7 @@ def test_after_a_new_id_that_was_stored_in_vain_the_session_can_get_another(faul
     browser = site.visitor()
     session = loaded(site, cookie_of(browser))
     session.regenerate_id()
-    faulty.fail(2)
+    faulty.fail(3)
     with pytest.raises(StoreUnavailable):
         session.save()
     session.regenerate_id()
@@ -687,3 +695,79 @@ def test_over_another_back_end_everything_is_beakers() -> None:
         renewed.delete()
         chosen = type(session)({"cookie": f"{KEY}=chosen"}, **options)
         assert chosen.id == "chosen"
+
+
+def test_what_others_store_under_the_old_id_is_listed_under_the_new_one(faulty: FaultyStore) -> None:
+    """A sign-in by one request while another renews the id: whoever revokes has to find the result."""
+    site = Site({"url": faulty, "index": "user"})
+    cookie = anonymous(site)
+    renewing, signing_in = loaded(site, cookie), loaded(site, cookie)
+    renewing.regenerate_id()
+    signing_in["user"] = "zed"
+    signing_in.save()
+    renewing["lang"] = "de"
+    renewing.save()
+    sessions = Sessions(Settings.from_options({"url": faulty, "index": "user"}))
+    assert [session.data for session in sessions.of("zed")] == [{"user": "zed", "lang": "de", "seen": True}]
+    assert sessions.revoke("zed") == 1
+
+
+def test_whoever_revokes_all_else_keeps_his_own_session_also_while_its_id_is_renewed(faulty: FaultyStore) -> None:
+    site = Site({"url": faulty, "index": "user"})
+    sessions = Sessions(Settings.from_options({"url": faulty, "index": "user"}))
+    session = loaded(site, anonymous(site))
+    session["user"] = "zed"
+    session.save()
+    assert session.ids == {session.id}
+    session.regenerate_id()
+    assert len(session.ids) == 2
+    sessions.revoke("zed", keep=session.ids)
+    session["n"] = 1
+    session.save()
+    assert session.ids == {session.id}
+    assert site.opens(session.id) == ["n", "seen", "user"]
+
+
+@pytest.mark.parametrize("end", ["revoke", "delete"])
+def test_a_session_that_was_ended_before_its_id_was_renewed_is_not_revived_by_an_outage(
+    faulty: FaultyStore, end: str
+) -> None:
+    site = Site({"url": faulty, "index": "user"})
+    for nth, executed in itertools.product(range(1, 8), (False, True)):
+        session = loaded(site, anonymous(site))
+        session["user"] = "zed"
+        session.save()
+        slow = loaded(site, session.id)
+        slow.regenerate_id()
+        if end == "revoke":
+            Sessions(Settings.from_options({"url": faulty, "index": "user"})).revoke("zed")
+        else:
+            session.delete()
+        slow["n"] = 1
+        faulty.fail(nth, executed=executed, for_good=True)
+        with contextlib.suppress(StoreUnavailable):
+            slow.save()
+            assert not slow.namespace.is_stored
+        faulty.heal()
+        assert site.opens(slow.id) == []
+
+
+@pytest.mark.parametrize("conflict", ["last", "raise"])
+def test_the_closing_touch_of_a_request_repeats_nothing_that_it_has_saved(faulty: FaultyStore, conflict: str) -> None:
+    """Beaker's picture of the session as it was loaded shares its lists with the session."""
+    site = Site({"url": faulty, "conflict": conflict})
+    session = loaded(site, cookie_of(site.visitor()))
+    session["cart"] = []
+    session.save()
+    first, second = loaded(site, session.id), loaded(site, session.id)
+    first["cart"].append("a")
+    first["x"] = 1
+    first.save()
+    second = loaded(site, session.id)
+    second["cart"].append("b")
+    second.save()
+    first.save(accessed_only=True)
+    assert loaded(site, session.id)["cart"] == ["a", "b"]
+    del first["x"]
+    first.save()
+    assert "x" not in loaded(site, session.id)

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from beaker_statestore import documents
 from beaker_statestore.cli import main
 from beaker_statestore.exceptions import ConfigurationError, OutcomeUnknown, StoreUnavailable
 from beaker_statestore.keys import KINDS
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
 from beaker_statestore.stores.memory import MemoryStore
-from beaker_statestore.sweeper import Sweep, Sweeper, sweep
+from beaker_statestore.sweeper import ENOUGH, Sweep, Sweeper, sweep
 from beaker_statestore.testing import FaultyStore, ServerProcess
 from tests.serving import PATIENCE
 
@@ -65,9 +66,8 @@ def test_the_expired_of_every_kind_goes_and_the_rest_stays_byte_for_byte(store: 
 
 
 FOREIGN = [
-    b"\x80\x04}\x94.",
+    b"\x80\x04}\x94_expires.",
     b"_expires",
-    b"",
     b'["_expires", 1]',
     b'{"_expires": 1',
     b'{"_expires": "1"}',
@@ -102,12 +102,79 @@ def test_all_prefixes_are_all_our_kinds_and_nothing_else() -> None:
     assert set(store.keys()) == set(others)
 
 
-def test_a_server_spares_what_may_be_a_length_of_time() -> None:
+@pytest.mark.parametrize("scope", ["", None])
+@pytest.mark.parametrize("length", [-1, 0, 300, 999_999_999.5])
+def test_what_may_be_a_length_of_time_stays(scope: str | None, length: float) -> None:
     store = MemoryStore()
-    store.put_many({b"cache:a:b": document(300), b"session:x": document()})
-    sweeper = Sweeper(store, None, earliest=1e9)
+    store.put_many({b"queue:job": document(length), b"session:x": document()})
+    assert sweep(store, scope).removed == 1
+    assert list(store.keys()) == [b"queue:job"]
+
+
+@pytest.mark.parametrize("word", ["realestate", "bigblock", "dateindex", "taskqueue", "shop7session"])
+def test_a_word_that_ends_like_a_kind_is_taken_for_one_only_if_its_prefix_is_named(word: str) -> None:
+    store = MemoryStore()
+    key = f"{word}:42".encode()
+    store.put(key, document())
+    assert sweep(store, None) == Sweep(place=None)
+    assert store.get(key) == document()
+    kind = max(kind for kind in KINDS if word.endswith(kind))
+    assert sweep(store, word.removesuffix(kind)).removed == 1
+
+
+class Watched(MemoryStore):
+    """Remembers how many bytes were read since the last scan."""
+
+    read = 0
+
+    def get(self, key: bytes) -> bytes | None:
+        value = super().get(key)
+        self.read += len(value or b"")
+        return value
+
+    def scan(self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = 1000) -> Any:
+        self.read = 0
+        return super().scan(prefix, cursor, limit)
+
+
+@pytest.mark.parametrize("scope", ["", None])
+def test_a_step_in_this_process_reads_no_more_than_is_enough_and_one_record(scope: str | None) -> None:
+    store = Watched()
+    sizes = [10, 100_000, 2, 300_000, 70_000, 5, 200_000, 1] * 4
+    store.put_many({b"cache:a:%03d" % number: document(x="x" * size) for number, size in enumerate(sizes)})
+    store.put(b"other:z", b"")
+    sweeper = Sweeper(store, scope)
+    steps = 0
+    while not sweeper.done:
+        sweeper.step(100)
+        steps += store.read > 0
+        assert store.read < ENOUGH + 300_100
+    assert (sweeper.sweep.seen, sweeper.sweep.removed) == (len(sizes), len(sizes))
+    assert 8 <= steps <= 16
+
+
+def test_what_cannot_expire_is_not_parsed_and_what_is_too_large_is_not_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    decode = documents.decode
+
+    def watched(data: bytes) -> documents.Document:
+        decoded.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(documents, "decode", watched)
+    store = MemoryStore()
+    written = {
+        b"cache:a:1": b'{"never": 1}',
+        b"cache:a:2": document(),
+        b"cache:a:3": document(x="x" * 2000),
+        b"cache:a:4": rb'{"\u005fexpires": 1600000000}',
+    }
+    store.put_many(written)
+    sweeper = Sweeper(store, largest=1000)
     list(sweeper.run())
-    assert list(store.keys()) == [b"cache:a:b"]
+    assert decoded == [written[b"cache:a:2"], written[b"cache:a:4"]]
+    assert (sweeper.sweep.removed, sweeper.sweep.unreadable) == (2, 1)
+    assert sweep(store).removed == 1
 
 
 def test_the_margin_is_kept(store: Store, prefix: str) -> None:
@@ -182,10 +249,10 @@ def test_a_removal_that_did_not_happen_is_an_outage_and_what_has_changed_stays()
                 self.put(key, document(FUTURE))
             raise OutcomeUnknown("no answer")
 
-        def get_many(self, keys: Any) -> dict[bytes, bytes]:
-            values = super().get_many(keys)
-            self.doubtful = bool(values)
-            return values
+        def get(self, key: bytes) -> bytes | None:
+            value = super().get(key)
+            self.doubtful = value == document()
+            return value
 
         doubtful = touched = False
 
@@ -254,7 +321,24 @@ def test_a_place_goes_on_where_the_sweep_was_and_does_not_begin_again(store: Sto
     assert 50 <= seen <= 50 + 5
 
 
-@pytest.mark.parametrize("place", ["", "nonsense", "session:", "@", "other:session:@", "session@x"])
+@pytest.mark.parametrize(
+    "stored", [[f"session:tenant-1-000{n}" for n in range(6)], [f"session:{'ab' * 16}:{n}" for n in range(6)]]
+)
+def test_each_run_gets_on_however_many_keys_begin_alike(store: Store, prefix: str, stored: list[str]) -> None:
+    store.put_many({f"{prefix}{key}".encode(): document(FUTURE) for key in stored})
+    place: str | None = f"{prefix}session:@{prefix}session:{stored[0][8:14]}"
+    for _ in range(20):
+        before, place = place, sweep(store, prefix, batch=2, max_seconds=1e-9, start=place).place
+        assert place != before
+        if place is None:
+            break
+    assert place is None
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["", "nonsense", "session:", "@", "other:session:@", "session@x", "shop:session:@blog:session:", "shop:session:@x"],
+)
 def test_a_place_of_another_prefix_is_refused(place: str) -> None:
     if not place:
         assert sweep(MemoryStore(), start=place).place is None
@@ -322,6 +406,8 @@ def test_the_command_stays_within_the_prefix_unless_told_otherwise(
     store.put(session(1, f"{prefix}other."), document())
     assert json.loads(run(ini).output)["seen"] == 0
     assert json.loads(run(options["url"], "--all-prefixes", "--dry-run").output)["expired"] >= 1
+    said = run(options["url"], "--all-prefixes", "--dry-run", "--no-json").output
+    assert "prefixes that end in a letter or digit were left out" in said
     assert store.delete(session(1, f"{prefix}other."))
 
 
@@ -332,6 +418,8 @@ def test_the_command_stays_within_the_prefix_unless_told_otherwise(
         (["memory:", "--prefix", "a", "--all-prefixes"], "contradict each other"),
         (["{ini}", "--prefix", "a"], "leave the option out"),
         (["memory:", "--batch", "0"], "--batch"),
+        (["memory:", "--margin", "nan"], "'nan' is no number of seconds"),
+        (["memory:", "--max-seconds", "inf"], "'inf' is no number of seconds"),
     ],
 )
 def test_what_contradicts_itself_is_refused(ini: str, arguments: list[str], said: str) -> None:
@@ -445,6 +533,26 @@ def test_a_server_stops_at_once_while_it_sweeps_and_goes_on_when_it_starts(tmp_p
             assert store.count() > 0, "it was done already"
         server.start()
         wait_until(lambda: there.count() == 0)
+
+
+def test_large_records_hold_no_client_up(tmp_path: Path) -> None:
+    url = f"lmdb://{tmp_path}/state.lmdb"
+    foreign = b'{"rows": [' + b'{"a": 1},' * 1_400_000 + b"{}]}"  # 12.6 MB, which take a second to parse
+    with open_store(url) as store:
+        store.put_many({b"cache:a:%05d" % number: document(FUTURE) for number in range(3000)})
+        store.put_many({b"cache:b:%05d" % number: foreign for number in range(5)})
+        store.put_many({b"cache:c:%05d" % number: document(FUTURE, x="x" * 1_000_000) for number in range(50)})
+        store.put(b"cache:d:last", document())
+    with ServerProcess(url) as server:
+        there = open_store(server.url)
+        longest = 0.0
+        deadline = time.monotonic() + PATIENCE
+        while there.get(b"cache:d:last") is not None:
+            began = time.perf_counter()
+            there.get(b"cache:a:00001")
+            longest = max(longest, time.perf_counter() - began)
+            assert time.monotonic() < deadline
+    assert longest < 0.25
 
 
 def test_a_server_can_be_told_not_to_sweep(tmp_path: Path) -> None:

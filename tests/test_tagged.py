@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 import zoneinfo
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -33,6 +33,10 @@ from beaker_statestore.documents import MAX_DEPTH, Document
 from beaker_statestore.exceptions import DocumentRefusedError, ValueTooLargeError
 from beaker_statestore.namespace import TCJSONNamespaceManager
 from beaker_statestore.stores.base import Store
+
+#: Under ``python -bb`` a set that holds b"" and 0, whose hashes are alike, raises a warning when it is made: here, in
+#: hypothesis (which also looks for text among the bytes of other tests), and in any application. It is no fault.
+pytestmark = pytest.mark.filterwarnings("ignore:Comparison between bytes and:BytesWarning")
 
 UTC = datetime.timezone.utc
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
@@ -52,6 +56,10 @@ def alike(one: Any, two: Any) -> bool:
     if isinstance(one, (datetime.datetime, datetime.time)):
         return (one.replace(tzinfo=None), one.fold, one.tzinfo) == (two.replace(tzinfo=None), two.fold, two.tzinfo)
     return bool(one == two) and repr(one) == repr(two)
+
+
+def pickled(session: dict[str, Any]) -> str:
+    return base64.b64encode(pickle.dumps(session, 2)).decode()
 
 
 # -- any value
@@ -96,6 +104,7 @@ sessions = st.dictionaries(st.text(max_size=3), values, max_size=3)
 @given(sessions)
 @example({"a": {"$set": [1, 2]}, "b": {"$$set": [1, 2]}, "c": {"$set": {1, 2}}, "d": {"$tuple": ({"$tuple": []},)}})
 @example({"$set": [1]})
+@example({"a": b"x", "b": ["x", b"x"]})
 @example({"a": {"$datetime": "2026-11-21T12:00:00+00:00"}, "b": {"$datetime": "soon"}, "c": {"$date": NOON.date()}})
 def test_every_value_comes_back_equal_and_of_its_type(session: dict[str, Any]) -> None:
     document = tagged.tag(session, "tagged")
@@ -188,6 +197,16 @@ def test_the_forms_at_rest_are_these() -> None:
         "not a date": {"$date": "today"},
         "unknown": {"$price": 1},
     }
+
+
+@pytest.mark.parametrize("other", [0, False, 0.0, ""])
+def test_no_bytes_and_what_has_the_same_hash_are_members_of_one_set(other: object) -> None:
+    session = {"a": {bytes([]), other}, "b": frozenset([(bytes([]), 1), (other, 1)])}
+    assert hash(other) == hash(bytes([]))
+    assert alike(tagged.untag(tagged.tag(session, "tagged")), session)
+    document = payloads.read(pickled(session), types="tagged").document
+    assert document is not None
+    assert alike(tagged.untag(document), session)
 
 
 def test_a_zone_that_this_machine_does_not_know_leaves_the_value_as_it_is_stored() -> None:
@@ -343,6 +362,171 @@ def test_nested_tags_of_whoever_takes_no_time_to_speak_of(wrap: Any) -> None:
     began = time.perf_counter()
     assert documents.same(tagged.tag(tagged.untag(document), "tagged"), document)
     assert time.perf_counter() - began < 1
+
+
+def calls(action: Callable[[], object]) -> int:
+    """How many functions ``action`` calls, a measure of its work that no other process disturbs."""
+    count = 0
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+LEAF = frozenset(range(500))
+#: What a visitor's JSON can be, around anything.
+VISITORS: list[Callable[[Any], Any]] = [
+    lambda inner: {"$set": [inner]},
+    lambda inner: {"$frozenset": [inner]},
+    lambda inner: {"$frozenset": [0, inner]},
+    lambda inner: {"$$frozenset": [inner]},
+    lambda inner: {"$tuple": [inner]},
+    lambda inner: {"$frozenset": [{"$tuple": [inner]}]},
+    lambda inner: {"$set": {"$tuple": [inner]}},
+    lambda inner: {"$date": inner},
+    lambda inner: {"$timedelta": [inner]},
+]
+#: What an application's values can be, around what a set can hold.
+APPLICATIONS: list[Callable[[Any], Any]] = [
+    lambda inner: frozenset([inner]),
+    lambda inner: frozenset([0, inner]),
+    lambda inner: (inner,),
+    lambda inner: frozenset([(0, inner)]),
+    lambda inner: {"$set": [(inner,)]},
+]
+
+
+@pytest.mark.usefixtures("places")
+@pytest.mark.parametrize(
+    ("wrap", "leaf"),
+    [
+        *itertools.product(VISITORS, [{"$frozenset": sorted(LEAF, key=str)}, sorted(LEAF), LEAF]),
+        *itertools.product(APPLICATIONS, [LEAF]),
+    ],
+)
+def test_the_work_grows_with_the_size_and_not_with_the_depth(wrap: Any, leaf: Any) -> None:
+    def session(levels: int) -> dict[str, Any]:
+        inner = leaf
+        for _ in range(levels):
+            inner = wrap(inner)
+        return {"k": inner}
+
+    flat, deep = session(1), session(22)
+    try:
+        by_visitor = json.loads(json.dumps(deep)) == deep
+    except TypeError:
+        by_visitor = False
+
+    def work(session: dict[str, Any]) -> list[int]:
+        payload = pickled(session)
+        document = tagged.tag(session, "tagged")
+        counts = [
+            calls(lambda: tagged.tag(session, "tagged")),
+            calls(lambda: tagged.tag(session, "warn")),
+            calls(lambda: payloads.read(payload, types="tagged")),
+            calls(lambda: payloads.read(payload, types="warn")),
+            calls(lambda: tagged.untag(document)),
+        ]
+        if by_visitor:  # as an application whose serializer is JSON stores it
+            value = tagged.untag(session)
+            counts += [calls(lambda: tagged.untag(session)), calls(lambda: tagged.tag(value, "warn"))]
+        return counts
+
+    for once, often in zip(work(flat), work(deep), strict=True):
+        assert often < 3 * once + 3000
+
+
+def test_a_set_inside_many_others_is_written_once() -> None:
+    value: Any = frozenset(range(20_000))
+    for _ in range(MAX_DEPTH // 2 - 2):
+        value = frozenset([0, value])
+    encoded = 0
+    encode = tagged._encode
+
+    def counting(member: Any) -> str:
+        nonlocal encoded
+        text = encode(member)
+        encoded += len(text)
+        return text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tagged, "_encode", counting)
+        document = tagged.tag({"k": value}, "tagged")
+        size = len(json.dumps(document))
+        assert encoded < size
+        assert tagged.untag(document) == {"k": value}
+        assert encoded < 2 * size
+
+
+def test_what_is_no_set_inside_another_is_refused_with_its_place() -> None:
+    for member in ([1], {"a": 1}, {1}, ([1],)):
+        # No pickler writes it so.
+        data = pickle.dumps({"a": [frozenset([(frozenset([7]),)])]}, 2)
+        body = pickle.dumps(member, 2)[2:-1]
+        forged = base64.b64encode(data.replace(b"K\x07", body))
+        with pytest.raises(DocumentRefusedError, match=r"^session\['a'\]\[0\] is a frozenset as Python writes none"):
+            payloads.read(forged.decode(), types="tagged")
+
+
+COLLIDING = [n * (2**61 - 1) for n in range(3000)]
+
+
+@pytest.mark.parametrize("make", [decimal.Decimal, lambda n: uuid.UUID(int=n), lambda n: (decimal.Decimal(n), 1)])
+def test_members_of_one_hash_are_not_compared_each_with_each(make: Any) -> None:
+    members = [make(n) for n in COLLIDING]
+    assert len(set(map(hash, members))) == 1
+    argument = sorted((tagged.tag({"k": member}, "tagged")["k"] for member in members), key=tagged._encode)
+    document = {"k": {"$set": argument}}
+    began = time.perf_counter()
+    session = tagged.untag(document)
+    assert time.perf_counter() - began < 0.5  # it would be ten times as long
+    assert type(session["k"]) is dict
+    assert tagged.tag(session, "tagged") == document
+    few, many = set(members[: tagged.MAX_COLLISIONS]), set(members[: tagged.MAX_COLLISIONS + 1])
+    for types in ("tagged", "warn"):
+        assert tagged.untag(tagged.tag({"k": few}, types)) == {"k": few}
+        for refuse in (
+            lambda types=types: tagged.tag({"k": many}, types),
+            lambda types=types: payloads.read(pickled({"k": many}), types=types),
+        ):
+            with pytest.raises(
+                DocumentRefusedError, match=r"^session\['k'\] is a set .* than 32 members of one hash; "
+            ):
+                refuse()
+
+
+def test_unknown_zones_are_told_from_known_ones_without_reading_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    class Counting(zoneinfo.ZoneInfo):
+        def __new__(cls, key: str) -> Any:
+            loaded.append(key)
+            return BERLIN
+
+    tagged._zone.cache_clear()
+    monkeypatch.setattr(zoneinfo, "ZoneInfo", Counting)
+    known = [{"$time": f"12:00:00[{zone}]"} for zone in ("Europe/Berlin", "America/St_Johns") * 50]
+    unknown = [{"$time": f"12:00:00[Mars/Base{n}]"} for n in range(100)] + [{"$time": "12:00:00[Europe]"}]
+    tagged.untag({"a": known, "b": unknown})
+    tagged._zone.cache_clear()
+    assert loaded == ["Europe/Berlin", "America/St_Johns"]
+
+
+def test_zones_come_from_the_package_where_the_machine_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    tagged._zone.cache_clear()
+    monkeypatch.setattr(zoneinfo, "TZPATH", ())
+    monkeypatch.setattr(tagged, "_packaged_zones", lambda: frozenset({"Europe/Berlin"}))
+    value = {"$time": "12:00:00[Europe/Berlin]"}
+    unknown = {"$time": "12:00:00[America/St_Johns]"}
+    assert tagged.untag({"a": value, "b": unknown}) == {"a": datetime.time(12, tzinfo=BERLIN), "b": unknown}
+    tagged._zone.cache_clear()
 
 
 # -- strict and warn

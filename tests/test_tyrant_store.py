@@ -267,6 +267,20 @@ def test_many_large_records_fit_into_the_servers_messages(store: TyrantStore) ->
     assert store.count() == 70
 
 
+def test_as_many_large_records_are_read_as_fit_into_a_message(store: TyrantStore) -> None:
+    items = {b"%03d" % number: bytes((number,)) * 1_400_000 for number in range(60)}  # a sealed megabyte each
+    for key, value in items.items():
+        store.put(key, value)
+    assert list(store.get_many(items).items()) == list(items.items())
+
+
+def test_a_store_that_fails_behind_its_server_fails_soon_for_many_records(peer: Peer, peers_store: TyrantStore) -> None:
+    peer.script = answering(Reply(STORE_FAILED))
+    with pytest.raises(StoreUnavailable, match=r"the store behind the Tyrant server at .* failed"):
+        peers_store.get_many([b"%d" % number for number in range(2 * BATCH)])
+    assert [len(request.arguments[0]) for request in sent(peer)] == [50, 25, 12, 6, 3, 1]
+
+
 def test_reads_stay_out_of_a_servers_update_log(peer: Peer, peers_store: TyrantStore) -> None:
     peers_store.command("getlist", [b"k"])
     peers_store.command("putlist", [b"k", b"v"])

@@ -80,3 +80,13 @@ def test_without_an_index_the_states_are_shown_and_the_remedy(zed: Session, opti
     result = run("revoke", "zed@example.com", "--ini", ini)
     assert result.exit_code == 1
     assert "beaker.session.index = user" in result.stderr
+
+
+@pytest.mark.parametrize("created", [1e20, -1e20, 1e300, 253402300800])
+def test_times_that_no_calendar_has_are_left_out(zed: Session, ini: str, created: float) -> None:
+    zed["_creation_time"] = created
+    zed.save()
+    session, _ = lines(run("who", "zed@example.com", "--ini", ini))
+    assert session["begun"] is None
+    assert session["used"].endswith("Z")
+    assert run("who", "zed@example.com", "--ini", ini, "--no-json").exit_code == 0

@@ -50,6 +50,7 @@ from beaker_statestore.tyrant.commands import (
     SCAN,
     SIZE,
     STAT,
+    STORE_FAILED,
     SUCCESS,
     SYNC,
     Reply,
@@ -63,8 +64,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 
-#: How many records one command of `get_many`, `put_many` and `delete_many` is about at most: with a megabyte each,
-#: they fit into what our server takes for one message, and it answers others between two commands.
+#: How many records one command of `get_many`, `put_many` and `delete_many` is about at most: our server answers others
+#: between two commands. With a megabyte each they fit into what it takes for one message; where they do not, `get_many`
+#: asks for fewer at once.
 BATCH: Final = 50
 
 #: A page of a scan has no more keys than this, whatever was asked for; our server gives no more either.
@@ -133,8 +135,21 @@ class TyrantStore(Store):
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
         for batch in _batches(keys):
-            found.update(self._done(MGET(batch)).value)
+            found.update(self._get_batch(batch))
         return found
+
+    def _get_batch(self, batch: list[bytes]) -> dict[bytes, bytes]:
+        request = MGET(batch)
+        if len(batch) == 1:
+            return dict(self._done(request).value)
+        (reply,) = self._client.pipeline([request])
+        if reply.status == STORE_FAILED:
+            # Our server's answer, too, when a reply would be longer than any may be. If its store does fail, so will
+            # the request for the first key alone.
+            middle = len(batch) // 2
+            return {**self._get_batch(batch[:middle]), **self._get_batch(batch[middle:])}
+        self._check_done(request, reply)
+        return dict(reply.value)
 
     def put(self, key: bytes, value: bytes, expires_at: float | None = None) -> None:
         self._change(lambda server: [_put(server, key, value)])

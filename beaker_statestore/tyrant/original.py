@@ -55,7 +55,8 @@ def page(
     if cursor is None:
         (found,) = first_keys([prefix], limit + 1)
     else:
-        found = _behind(first_keys, prefix, cursor, limit + 1, window)
+        # A cursor of another prefix leads to its keys; they are none of this one's.
+        found = [key for key in _behind(first_keys, prefix, cursor, limit + 1, window) if key.startswith(prefix)]
     keys = found[:limit]
     return keys, (keys[-1] if len(found) > limit else None)
 
