@@ -1,10 +1,10 @@
 """How many requests a second Beaker's middleware serves, by where it keeps the sessions.
 
-    .venv/bin/python benchmarks/sessions.py
+    .venv/bin/python -m benchmarks.sessions
 
 Each round takes every back end in turn, so that whatever else the machine does strikes all alike; what is printed is
-the best of all rounds, and its ratio to Beaker's own ``file`` back end. One thread, one visitor after another, no
-HTTP: what is measured is Beaker and the store.
+the best of all rounds, and its ratio to Beaker's own ``ext:redis`` over a redis-server that keeps everything in memory.
+One thread, one visitor after another, no HTTP: what is measured is Beaker and the store.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from beaker_statestore.testing import ServerProcess
+from tests.redis_server import running_redis
 
 ROUNDS: Final = 5
 REQUESTS: Final = 300
@@ -29,7 +30,8 @@ CONTENT: Final = {
     "user": "zed@example.com",
     "cart": [{"sku": f"item-{n}", "n": n, "note": "x" * 50} for n in range(20)],
 }
-PEER: Final = "file"
+PEER: Final = "ext:redis"
+KEY: Final = "0123456789abcdef" * 4
 
 
 def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -70,14 +72,19 @@ def main() -> None:
                 str(directory / "unix.lmdb"), unix=str(directory / "socket")
             ),
         }
-        backends: dict[str, dict[str, Any]] = {PEER: {"type": "file", "data_dir": str(directory / "file")}}
+        port = stack.enter_context(running_redis())
+        backends: dict[str, dict[str, Any]] = {
+            PEER: {"type": "ext:redis", "url": f"redis://127.0.0.1:{port}"},
+            "file": {"type": "file", "data_dir": str(directory / "file")},
+        }
         for name, server in servers.items():
             stack.enter_context(server)
             backends[name] = {"type": "ext:tcjson", "url": server.url}
+        backends["the same, with store_key"] = {**backends[name], "store_key": KEY}
         best: dict[tuple[str, str], float] = {}
         for _ in range(ROUNDS):
             for name, options in backends.items():
-                config = {f"session.{option}": value for option, value in options.items()}
+                config = {f"session.{option}": value for option, value in {"timeout": 86400, **options}.items()}
                 app = SessionMiddleware(application, config)
                 for path in ("/read", "/write"):
                     best[name, path] = max(best.get((name, path), 0.0), requests_per_second(app, path))

@@ -181,6 +181,7 @@ def test_a_defect_in_sweeping_stops_no_server_from_stopping_in_order(
             done.append("stop")
 
     monkeypatch.setattr(serve, "_sweep_for_ever", broken)
+    monkeypatch.setattr(serve, "_run", asyncio.run)  # which also ends if the server was not stopped
     monkeypatch.setattr(serve, "Server", Server)
     monkeypatch.setattr(serve, "open_store", lambda _: Store())
     ended = CliRunner().invoke(serve.serve, ["--db", "memory:", "--listen", f"unix:{tmp_path}/s"])
