@@ -564,7 +564,7 @@ def test_a_store_that_hangs_keeps_no_queue() -> None:
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Lease]]:
+def few(monkeypatch: pytest.MonkeyPatch) -> list[Lease]:
     """Locks whose holders have died, more of them than a process remembers for good."""
     monkeypatch.setattr(locks, "MAX_CONTESTS", 3)
     monkeypatch.setattr(locks, "_process", locks._Process())

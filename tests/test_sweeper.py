@@ -535,6 +535,7 @@ def test_a_server_stops_at_once_while_it_sweeps_and_goes_on_when_it_starts(tmp_p
         wait_until(lambda: there.count() == 0)
 
 
+@pytest.mark.long
 def test_large_records_hold_no_client_up(tmp_path: Path) -> None:
     url = f"lmdb://{tmp_path}/state.lmdb"
     foreign = b'{"_expires": 4e9, "rows": [' + b'{"a": 1},' * 1_400_000 + b"{}]}"  # 12.6 MB, slow to parse
