@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from beaker_statestore import observe
 from beaker_statestore.namespace import register
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
@@ -37,6 +39,19 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
 def store(options: dict[str, Any]) -> Store:
     """The store that ``options`` lead to."""
     return open_store(options["url"])
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What is counted during the test, by its name."""
+    counts: Counter[str] = Counter()
+
+    class Counting(observe.Listener):
+        def count(self, name: str, n: int = 1) -> None:
+            counts[name] += n
+
+    monkeypatch.setattr(observe, "listener", Counting())
+    return counts
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ import pytest
 from beaker.cache import Cache, CacheManager
 from beaker.container import Value
 
-from beaker_statestore import observe
 from beaker_statestore.exceptions import ConfigurationError, StoreUnavailable
 from beaker_statestore.namespace import DocumentManager, TCJSONNamespaceManager
 from beaker_statestore.stores import open_store
@@ -380,14 +380,6 @@ def test_a_value_of_the_oldest_form_is_brought_up_to_date(options: dict[str, Any
 # Damage
 
 
-class Counted(observe.Listener):
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def count(self, name: str, n: int = 1) -> None:
-        self.names += [name] * n
-
-
 def damage(cache: Cache, store: Store, key: str, data: bytes = b"[1]") -> bytes:
     """Let the cache have a damaged entry; answers its record key."""
     record: bytes = cache.namespace.records.record(key)
@@ -401,18 +393,16 @@ def test_a_damaged_entry_is_made_anew(
     store: Store,
     data: bytes,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    counted: Counter[str],
 ) -> None:
     """Nobody can mend it, so an error would come with every request."""
-    counted = Counted()
-    monkeypatch.setattr(observe, "listener", counted)
     cache = beaker_cache({**options, "store_key": f"{STORE_KEY} plaintext"})
     key = "k" * 1000
     record = damage(cache, store, key, data)
     assert cache.get(key, createfunc=lambda: "made") == "made"
     assert cache.get(key) == "made"
     assert store.get(record) != data
-    assert set(counted.names) == {"documents.damaged"}
+    assert set(counted) == {"documents.damaged"}
     (said,) = caplog.messages
     assert f"the entry {record[:100].decode()} is damaged and counts as absent: the record" in said
     assert len(said) < 300

@@ -13,6 +13,7 @@ import time
 import types
 import uuid
 import zlib
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from beaker import crypto
 from beaker.crypto import noencryption
 from beaker.session import Session
 
-from beaker_statestore import observe
 from beaker_statestore.exceptions import (
     ConfigurationError,
     ConflictError,
@@ -74,18 +74,6 @@ def stored(store: Store, options: dict[str, Any]) -> Any:
     return read
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    counts: dict[str, int] = {}
-
-    class Counter(observe.Listener):
-        def count(self, name: str, n: int = 1) -> None:
-            counts[name] = counts.get(name, 0) + n
-
-    monkeypatch.setattr(observe, "listener", Counter())
-    return counts
-
-
 def test_a_session_comes_back_as_it_was_saved(visitor: Visitor) -> None:
     data = {"user": "zed", "cart": [{"sku": "a-1", "n": 2}], "rate": 0.5, "big": 2**53, "no": None, "ünï": "☃"}
     assert visitor.starts_with(**data).sees() == data
@@ -109,7 +97,7 @@ def test_two_tabs_that_add_different_keys_keep_both(visitor: Visitor) -> None:
     assert visitor.sees() == {"user": "zed", "cart": ["book"], "color": "red"}
 
 
-def test_a_slow_reader_does_not_undo_a_quick_writer(visitor: Visitor, counted: dict[str, int]) -> None:
+def test_a_slow_reader_does_not_undo_a_quick_writer(visitor: Visitor, counted: Counter[str]) -> None:
     visitor.starts_with(n=1)
     reader, writer = visitor.request(touch_interval=0), visitor.request()
     writer["n"] = 2
@@ -207,7 +195,7 @@ def test_a_removed_key_is_removed_and_stays_so(visitor: Visitor) -> None:
 
 
 def test_where_both_change_one_key_the_later_commit_wins_and_is_counted(
-    visitor: Visitor, counted: dict[str, int]
+    visitor: Visitor, counted: Counter[str]
 ) -> None:
     visitor.starts_with(n=0)
     first, second = visitor.request(), visitor.request()
@@ -456,7 +444,7 @@ def test_a_chosen_session_id_is_stored_under_its_hash(options: dict[str, Any], s
 
 
 def test_conflict_raise_refuses_what_another_request_has_changed(
-    options: dict[str, Any], serializer: str, counted: dict[str, int]
+    options: dict[str, Any], serializer: str, counted: Counter[str]
 ) -> None:
     visitor = Visitor(options, data_serializer=serializer, conflict="raise").starts_with(n=1, color="red")
     first, second = visitor.request(), visitor.request()
@@ -482,7 +470,7 @@ def test_conflict_raise_accepts_equal_and_different_keys(options: dict[str, Any]
 
 
 def test_a_commit_that_was_done_without_an_answer_is_no_conflict(
-    options: dict[str, Any], serializer: str, counted: dict[str, int]
+    options: dict[str, Any], serializer: str, counted: Counter[str]
 ) -> None:
     faulty = FaultyStore(open_store(options["url"]))
     visitor = Visitor({**options, "url": faulty}, data_serializer=serializer, conflict="raise").starts_with(n=1)

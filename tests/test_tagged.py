@@ -18,6 +18,7 @@ import sys
 import time
 import uuid
 import zoneinfo
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from beaker.session import Session
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from beaker_statestore import documents, observe, payloads, tagged
+from beaker_statestore import documents, payloads, tagged
 from beaker_statestore.documents import MAX_DEPTH, Document
 from beaker_statestore.exceptions import DocumentRefusedError, ValueTooLargeError
 from beaker_statestore.namespace import TCJSONNamespaceManager
@@ -626,18 +627,6 @@ def visitor(options: dict[str, Any], store: Store) -> Visitor:
     return Visitor(options, store)
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    counts: dict[str, int] = {}
-
-    class Counter(observe.Listener):
-        def count(self, name: str, n: int = 1) -> None:
-            counts[name] = counts.get(name, 0) + n
-
-    monkeypatch.setattr(observe, "listener", Counter())
-    return counts
-
-
 EVERYTHING: dict[str, Any] = {
     "when": NOON,
     "local": datetime.datetime(2026, 7, 1, 6, 0, tzinfo=BERLIN),
@@ -681,7 +670,7 @@ def test_a_session_comes_back_as_it_was_saved(visitor: Visitor) -> None:
     assert alike(visitor.sees(), EVERYTHING)
 
 
-def test_two_tabs_that_change_different_keys_keep_both(visitor: Visitor, counted: dict[str, int]) -> None:
+def test_two_tabs_that_change_different_keys_keep_both(visitor: Visitor, counted: Counter[str]) -> None:
     visitor.saves(**EVERYTHING)
     tab, other = visitor.request(), visitor.request()
     tab["when"] = later = NOON + datetime.timedelta(days=1)
@@ -693,7 +682,7 @@ def test_two_tabs_that_change_different_keys_keep_both(visitor: Visitor, counted
 
 
 @pytest.mark.parametrize("accessed_only", [False, True])
-def test_unchanged_values_are_no_change(visitor: Visitor, counted: dict[str, int], accessed_only: bool) -> None:
+def test_unchanged_values_are_no_change(visitor: Visitor, counted: Counter[str], accessed_only: bool) -> None:
     visitor.saves(**EVERYTHING)
     reader, writer = visitor.request(), visitor.request()
     writer.update(when=None, roles=set(), deep=0)
