@@ -28,10 +28,11 @@ OTHERS: Final = frozenset({"cache", "lock"})
 @click.option("--dry-run", is_flag=True, help="Count what would be written, and write nothing.")
 @output_option
 def reseal(settings: Settings, output: Output, dry_run: bool) -> None:
-    """Write anew what is not stored as the first word of beaker.session.store_key says.
+    """Write anew what is stored under an older key.
 
-    So the other words can then be taken out of the line. Applications may go on meanwhile: nothing that they change is
-    lost. Caches are left out; they have a key of their own, and can be emptied.
+    Afterwards everything is stored as the first word of beaker.session.store_key says, and the other words can be
+    taken out of the line. Applications may go on meanwhile: nothing that they change is lost. Caches are left out;
+    they have a key of their own, and can be emptied.
 
     What is sealed with a key that is not in the line is named, and the exit status is 1.
     """

@@ -54,6 +54,8 @@ def who(settings: Settings, output: Output, address: str, field: str | None) -> 
     if sessions:
         rows = [[s.shown_id, _time(s.created) or "", _time(s.accessed) or ""] for s in sessions]
         output.table(["session", "begun", "last used"], rows)
+    if sessions and states:
+        output.line("")
     if states:
         output.table(["mail handlers", "state"], [[key, state] for key, state in states])
     if not sessions and not states:
@@ -66,9 +68,9 @@ def who(settings: Settings, output: Output, address: str, field: str | None) -> 
 @store_options
 @output_option
 def revoke(settings: Settings, output: Output, address: str, field: str | None) -> None:
-    """End all sessions of ADDRESS, also those that requests are busy with.
+    """End all sessions of ADDRESS.
 
-    Mail states stay as they are.
+    Also those that requests are busy with. Mail states stay as they are.
     """
     ended = Sessions(_indexed(settings, field)).revoke(address, by=field)
     if output.as_json:

@@ -94,6 +94,7 @@ Try this:
      the page shows the state that the mail router keeps.
   4. Send a mail with the subject "crash": the handler fails, and you are in ERROR.
   5. Look at the records: .venv/bin/statestore keys --url {store}
+     and at whose they are: .venv/bin/statestore who ann@example.com --url {store} --by address
 
 Logs are in {demo.directory}. Ctrl-C stops everything."""
 
