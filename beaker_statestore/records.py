@@ -183,7 +183,8 @@ def put(chosen: RecordSettings, key: str, document: str | None, raw: bool) -> No
 def delete(chosen: RecordSettings, keys: tuple[str, ...]) -> None:
     """Remove records by their keys.
 
-    A key may be abbreviated as for `statestore get`. An abbreviation that stands for several removes none of all. The exit status is 1 if one of them was not there.
+    A key may be abbreviated as for `statestore get`. An abbreviation that stands for several removes none of all. The
+    exit status is 1 if one of them was not there.
     """
     records = [_find(chosen.open(_key(key)), key) for key in keys]
     missing = [key for key, record in zip(keys, records, strict=True) if not chosen.open(record).delete(record)]
