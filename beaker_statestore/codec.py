@@ -51,7 +51,9 @@ class DocumentCodec:
         """
         if SEALED in document:
             raise DocumentRefusedError(f"{root}[{SEALED!r}] is a name that the store uses itself; give it another one")
-        data = documents.encode(document, root=root, max_bytes=self._max_value)
+        return self._stored(documents.encode(document, root=root, max_bytes=self._max_value), document, record)
+
+    def _stored(self, data: bytes, document: Document, record: bytes) -> bytes:
         if self._sealer is None or not self._seals:
             return data
         sealed: Document = {SEALED: self._sealer.seal(data, record)}
@@ -71,6 +73,8 @@ class DocumentCodec:
     def rewritten(self, data: bytes, record: bytes) -> bytes | None:
         """``data`` as `encode` would store it today: sealed with the first key, or in the clear; None if it is so.
 
+        None, too, if it has expired. Its size is not looked at: it has been stored before.
+
         :raises DocumentDamagedError: it is none of ours.
         :raises StoreKeyError: there is no key for it here.
         """
@@ -80,7 +84,10 @@ class DocumentCodec:
             return None
         if type(text) is str and self._seals and self._sealer is not None and self._sealer.is_latest(text):
             return None
-        return self.encode(self._opened(stored, record), record, "document")
+        if documents.is_expired(stored, time.time()):
+            return None
+        document = self._opened(stored, record)
+        return self._stored(documents.encode(document, max_bytes=sys.maxsize), document, record)
 
     def current(self, data: bytes | None, record: bytes) -> Document | None:
         """The document that is stored as ``data`` under ``record``; None if there is none or its time has come.

@@ -94,6 +94,9 @@ class Lease:
             raise
         if taken:
             _process.holdings[self._place] = mine
+        elif mine.doubtful:
+            # It may be carried out yet, and then nobody has the lock.
+            self._contest().abandon(mine.value)
         return taken
 
     def release(self) -> None:
@@ -170,6 +173,7 @@ class Lease:
             return self._store.compare_and_swap(self._key, expected, mine.value, mine.expires_at)
         except OutcomeUnknown:
             observe.count("locks.outcome_unknown")
+            mine.doubtful = True
         return self._store.get(self._key) == mine.value
 
     def _remove(self, mine: bytes) -> None:
@@ -199,6 +203,8 @@ class _Holding:
     expires_at: float
     since: float = -math.inf
     depth: int = 1
+    #: Whether a swap for it had an unknown outcome.
+    doubtful: bool = False
 
     @classmethod
     def new(cls, seconds: float) -> _Holding:

@@ -147,14 +147,6 @@ class SessionIndex:
         except DocumentError:
             return True
 
-    def said(self, session_record: bytes, data: bytes | None, field: str) -> str | None:
-        """What the session that is stored as ``data`` has in ``field``; None: nothing, or there is no live session.
-
-        :raises DocumentError: the record is none of ours, or the value none that could be listed.
-        """
-        document = self._codec.current(data, session_record)
-        return None if document is None else indexed_text(field, document.get(field))
-
 
 def _members(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for member, since in document.items():

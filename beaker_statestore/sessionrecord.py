@@ -219,7 +219,10 @@ class SessionRecord:
         self._known_since = time.time()
 
     def _touch(self, base: Document, ours: Document) -> None:
-        """Note the time of access, unless somebody else has changed the record meanwhile: then it is fresh anyway."""
+        """Note the time of access, unless somebody else has changed the record meanwhile: then it is fresh anyway.
+
+        (Or, after ``statestore reseal``, the next request does it.)
+        """
         stored = self._stored
         theirs = None if isinstance(stored, Unread) else self._open(stored, though_expired=True)
         if theirs is None or isinstance(stored, Unread) or OPAQUE in theirs:
@@ -314,7 +317,7 @@ class SessionRecord:
                 new = function(current)
             except (ConflictError, _Ended):
                 if stored is not None:
-                    self._store.delete(target)
+                    self._store.modify(target, functools.partial(self._unless_revoked, target, None), known=stored)
                 raise
             stored = self._store.modify(
                 target,
@@ -322,6 +325,8 @@ class SessionRecord:
                 known=stored,
                 expires_at=documents.expires_at,
             )
+            if stored != new:
+                raise _Ended  # there is a mark
             doubt = None
             try:
                 if self._store.compare_and_swap(former, current, None):

@@ -17,13 +17,14 @@ import secrets
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from beaker_statestore import documents, keys, observe, tagged
 from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import ACCESSED, CREATED, EXPIRES, RESERVED, REVOKED, Document
-from beaker_statestore.exceptions import ConfigurationError, DocumentError, StoreUnavailable
+from beaker_statestore.exceptions import ConfigurationError, ContentionError, DocumentError, StoreUnavailable
 from beaker_statestore.keys import SESSION_KEY
+from beaker_statestore.sealing import StoreKeyError
 from beaker_statestore.sessionindex import GRACE, SessionIndex, indexed_text
 from beaker_statestore.sessionrecord import end_of
 from beaker_statestore.settings import Settings, read_ini, session_options
@@ -33,6 +34,9 @@ __all__ = ["Sessions", "StoredSession"]
 
 
 log = logging.getLogger(__name__)
+
+#: How often `Sessions.revoke` looks for sessions that have been listed meanwhile; people sign in slower than that.
+ROUNDS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +97,13 @@ class Sessions:
         found = []
         for record, data in self._store.get_many(records).items():
             try:
-                if self._index.said(record, data, by) == text:
-                    document = self._codec.decode(data, record)
-                    if end_of(document, self._settings.max_lifetime) > time.time():
-                        found.append(self._described(records[record], document))
+                document = self._codec.current(data, record)
+                if (
+                    document is not None
+                    and indexed_text(by, document.get(by)) == text
+                    and end_of(document, self._settings.max_lifetime) > time.time()
+                ):
+                    found.append(self._described(records[record], document))
             except DocumentError as error:
                 log.warning("passed over %s: %s", keys.shortened(record), error)
         return sorted(found, key=lambda session: -(session.accessed or 0))
@@ -121,20 +128,27 @@ class Sessions:
         :param keep: the id of a session that stays, such as that of whoever asks for it; of a `StateSession`, which
             may be about to get another id, ``session.ids``.
         :param by: one of the indexed keys; the first of them when left out.
-        :raises StoreUnavailable: the store failed, or one session could not be ended; the others have been, as far as
-            that was possible.
+        :raises StoreUnavailable: the store failed, and sessions may be left. If it is only that one of them is sealed
+            with a key that is not here, or that others kept changing it, all others have been ended.
         """
         by, text = self._asked(value, by)
         kept = {self._record_of(session_id) for session_id in ([keep] if isinstance(keep, str) else keep)}
         oldest = time.time() - GRACE
         ended = 0
         failure: StoreUnavailable | None = None
-        for member, listed in self._index.members(by, text).items():
-            record = self._index.session_record(member)
-            try:
-                ended += record not in kept and self._end(record, by, text, about_to=listed > oldest)
-            except StoreUnavailable as error:
-                failure = failure or error
+        seen: set[str] = set()
+        # A session that gets a new id meanwhile is listed under that one before the old record goes.
+        for _ in range(ROUNDS):
+            new = {m: listed for m, listed in self._index.members(by, text).items() if m not in seen}
+            if not new:
+                break
+            seen.update(new)
+            for member, listed in new.items():
+                record = self._index.session_record(member)
+                try:
+                    ended += record not in kept and self._end(record, by, text, about_to=listed > oldest)
+                except (ContentionError, StoreKeyError) as error:
+                    failure = failure or error
         observe.count("sessions.revoked", ended)
         if failure is not None:
             raise failure
@@ -153,7 +167,8 @@ class Sessions:
         def marked(current: bytes | None) -> bytes | None:
             nonlocal lived
             try:
-                said = self._index.said(record, current, by)
+                document = self._codec.current(current, record)
+                said = None if document is None else indexed_text(by, document.get(by))
             except DocumentError:
                 lived = False
                 return current  # damage is left for people to look at

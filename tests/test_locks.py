@@ -580,3 +580,25 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+class Stalled(FaultyStore):
+    """A store that answers no swap in time, and carries them out when it is told to."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.late: list[tuple[Any, ...]] = []
+
+    def compare_and_swap(self, *arguments: Any) -> bool:
+        self.late.append(arguments)
+        raise OutcomeUnknown("no answer in time")
+
+
+def test_an_attempt_that_is_carried_out_after_it_was_given_up_costs_nobody_a_lease() -> None:
+    store = MemoryStore()
+    stalled = Stalled(store)
+    lease = Lease(stalled, KEY, LONG)
+    assert not lease.acquire(wait=False)
+    assert store.compare_and_swap(*stalled.late[-1])
+    stalled.compare_and_swap = store.compare_and_swap  # type: ignore[method-assign]
+    assert lease.acquire(wait=False)

@@ -109,3 +109,18 @@ def test_what_is_changed_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pyte
     assert site.reseal(f"{NEW} {OLD}").exit_code == 0
     assert site.session(NEW, session_id)["n"] == 1
     assert open_store(url).get(f"session:{session_id}".encode())
+
+
+def test_size_and_expiry_keep_nothing_under_the_older_key(site: Site, store: Store) -> None:
+    session_id = site.fill(OLD)
+    session = site.session(OLD, session_id)
+    session["text"] = "x" * 5000
+    session.save()
+    site.options["max_value"] = 1000
+    expired = site.session(f"{OLD}", uuid.uuid4().hex)
+    expired.namespace.store.put(
+        f"{site.options['prefix']}session:{expired.id}".encode(), b'{"_expires":1700000000,"_sealed":"AQ=="}'
+    )
+    assert json.loads(site.reseal(f"{NEW} {OLD}").stdout) == {"seen": 4, "written": 3, "locked": []}
+    del site.options["max_value"]
+    assert site.is_whole(NEW, session_id)

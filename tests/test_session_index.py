@@ -187,14 +187,35 @@ def test_what_max_lifetime_has_ended_is_not_found(indexed: dict[str, Any]) -> No
     assert Sessions(Settings.from_options({**indexed, "max_lifetime": 1e-6})).of("zed") == []
 
 
-def test_one_session_that_cannot_be_ended_does_not_keep_the_others(indexed: dict[str, Any], store: Store) -> None:
-    ids = [login(indexed, "zed") for _ in range(3)]
+def test_one_session_that_cannot_be_opened_does_not_keep_the_others(indexed: dict[str, Any], store: Store) -> None:
+    keys = ["0123456789abcdef" * 2, "fedcba9876543210" * 2]
+    both = {**indexed, "store_key": " ".join(keys)}
+    ids = [login(both, "zed") for _ in range(3)]
+    session = request({**indexed, "store_key": " ".join(keys[::-1])}, ids[1])
+    session["n"] = 1
+    session.save()
+    with pytest.raises(StoreUnavailable, match="not among those of store_key"):
+        Sessions(Settings.from_options({**indexed, "store_key": keys[0]})).revoke("zed")
+    assert [request(both, session_id).is_new for session_id in ids] == [True, False, True]
+
+
+def test_in_an_outage_a_revocation_does_not_try_every_session(indexed: dict[str, Any], store: Store) -> None:
+    for _ in range(20):
+        login(indexed, "zed")
     faulty = FaultyStore(store)
     sessions = Sessions(Settings.from_options({**indexed, "url": faulty}))
-    faulty.fail(2)
+    faulty.fail(2, for_good=True)
     with pytest.raises(StoreUnavailable):
         sessions.revoke("zed")
-    assert sorted(request(indexed, i).is_new for i in ids) == [False, True, True]
+    assert len(faulty.calls) == 2
+
+
+def test_a_session_that_is_listed_while_others_are_ended_is_ended_too(indexed: dict[str, Any], store: Store) -> None:
+    login(indexed, "zed")
+    later: list[str] = []
+    stopping = Stopping(store, ("compare_and_swap", 1), lambda: later.append(login(indexed, "zed")))
+    assert Sessions(Settings.from_options({**indexed, "url": stopping})).revoke("zed") == 2
+    assert request(indexed, later[0]).is_new
 
 
 def test_more_sessions_than_can_be_listed(

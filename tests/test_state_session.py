@@ -18,7 +18,7 @@ from beaker.session import Session
 from webtest import TestApp
 
 from beaker_statestore.documents import REVOKED
-from beaker_statestore.exceptions import DocumentDamagedError, StoreUnavailable
+from beaker_statestore.exceptions import ConflictError, DocumentDamagedError, StoreUnavailable
 from beaker_statestore.sessions import Sessions
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
@@ -258,9 +258,13 @@ def test_between_any_two_store_calls_others_may_change_or_end_the_session(act: s
 
 
 def test_a_revocation_of_the_new_id_counts(faulty: FaultyStore) -> None:
-    """Who revokes a user's sessions finds the new id in the index before anything is stored under it."""
+    """Who revokes a user's sessions finds the new id in the index before anything is stored under it.
+
+    If the old record is that user's too, he ends it as well; if not, it is left as it is.
+    """
     site = Site({"url": faulty})
     browser = site.visitor()
+    old = cookie_of(browser)
     made: list[StateSession] = []
 
     def renew(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -275,7 +279,8 @@ def test_a_revocation_of_the_new_id_counts(faulty: FaultyStore) -> None:
     app = make_filter(renew, {f"beaker.session.{name}": value for name, value in site.options.items()})
     TestApp(app, cookiejar=browser.cookiejar, lint=False).get("/")
     assert site.opens(str(made[0])) == []
-    assert site.opens(cookie_of(browser)) == []
+    assert cookie_of(browser) == old
+    assert site.opens(old) == ["user"]
 
 
 def test_a_session_is_found_by_its_user_under_its_new_id(options: dict[str, Any]) -> None:
@@ -771,3 +776,65 @@ def test_the_closing_touch_of_a_request_repeats_nothing_that_it_has_saved(faulty
     del first["x"]
     first.save()
     assert "x" not in loaded(site, session.id)
+
+
+class Between(FaultyStore):
+    """Runs something of the test's before the n-th compare_and_swap."""
+
+    action: Callable[[], object] = staticmethod(lambda: None)
+    nth = 0
+
+    def compare_and_swap(self, *arguments: Any) -> bool:
+        self.nth -= 1
+        if self.nth == 0:
+            self.action()
+        return super().compare_and_swap(*arguments)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+@pytest.mark.parametrize("conflict", ["last", "raise"])
+def test_a_revocation_amid_a_sign_in_under_a_new_id_reaches_it_or_finds_nobody(nth: int, conflict: str) -> None:
+    """Before the listing it finds nobody; then it ends the sign-in, and after the new record is there, the session."""
+    store = Between(open_store(f"memory:{uuid.uuid4().hex}"))
+    options = {"url": store, "index": "user", "conflict": conflict}
+    site = Site(options)
+    old = anonymous(site)
+    session = loaded(site, old)
+    session["user"] = "zed"
+    session.regenerate_id()
+    store.action = lambda: Sessions(Settings.from_options(options)).revoke("zed")
+    store.nth = nth
+    session.save()
+    store.nth = 0
+    survivors = {name: site.opens(cookie) for name, cookie in {"old": old, "new": session.id}.items()}
+    expected = {
+        1: {"old": [], "new": ["seen", "user"]},
+        2: {"old": ["seen"], "new": []},
+        3: {"old": [], "new": []},
+        4: {"old": [], "new": ["seen", "user"]},  # all is done, no swap was left to come between
+    }
+    assert survivors == expected[nth]
+    if nth == 2:
+        assert not session.namespace.is_stored
+        assert not session.request["set_cookie"]
+
+
+def test_a_mark_is_not_removed_with_what_a_conflict_leaves_behind(faulty: FaultyStore) -> None:
+    store = Between(faulty)
+    options = {"url": store, "index": "user", "conflict": "raise"}
+    site = Site(options)
+    session = loaded(site, anonymous(site))
+    session["user"] = "zed"
+    session["n"] = 1
+    session.regenerate_id()
+    other = loaded(site, next(iter(session.ids - {session.id})))
+    other["n"] = 2
+
+    def revoke_and_change() -> None:
+        Sessions(Settings.from_options(options)).revoke("zed")
+        other.save()
+
+    store.action, store.nth = revoke_and_change, 3
+    with pytest.raises(ConflictError):
+        session.save()
+    assert REVOKED in json.loads(store.get(f"session:{session.id}".encode()) or b"{}")
