@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from beaker_statestore.keys import prefix_and_kind
+from beaker_statestore.router import RouterStateStorage
 from beaker_statestore.settings import Settings, cache_options, read_ini, session_options
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
@@ -29,6 +30,7 @@ __all__ = [
     "Output",
     "RecordSettings",
     "Seconds",
+    "configured_states",
     "configured_store",
     "output_option",
     "record_options",
@@ -180,6 +182,11 @@ def output_option(command: Callable[..., None]) -> Callable[..., None]:
 
 def _is_ini(where: str) -> bool:
     return where.endswith(".ini") or (os.path.isfile(where) and not where.endswith(".lmdb"))
+
+
+def configured_states(settings: Settings) -> RouterStateStorage:
+    """The mail router's states in the store that the options name."""
+    return RouterStateStorage(url=configured_store(settings), prefix=settings.prefix, store_key=settings.store_key)
 
 
 def configured_store(settings: Settings) -> Store:

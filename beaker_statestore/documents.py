@@ -40,6 +40,7 @@ __all__ = [
     "encode",
     "expires_at",
     "is_expired",
+    "is_number",
     "merge",
     "name_of",
     "name_of_type",
@@ -487,7 +488,7 @@ def _expiry(document: Document) -> float | None:
     if EXPIRES not in document:
         return None
     expiry = document[EXPIRES]
-    if not _is_number(expiry):
+    if not is_number(expiry):
         raise DocumentDamagedError(f"the record's {EXPIRES!r} is {_JSON_NAMES[type(expiry)]}, not a number")
     return float(expiry)
 
@@ -545,7 +546,7 @@ def merge(base: Document, ours: Document, theirs: Document) -> Merge:
     conflicts = []
     for name in sorted(difference(base, ours)):
         before, mine, other = (side.get(name, _ABSENT) for side in (base, ours, theirs))
-        if name in _TIMES and all(time is _ABSENT or _is_number(time) for time in (before, mine, other)):
+        if name in _TIMES and all(time is _ABSENT or is_number(time) for time in (before, mine, other)):
             mine = _merged_time(name, before, mine, other)
         elif not same(before, other) and not same(mine, other):
             conflicts.append(name)
@@ -574,5 +575,6 @@ def _merged_time(name: str, before: Any, mine: Any, other: Any) -> Any:
     return min(mine, other) if before is _ABSENT else mine
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a JSON value is a number; true and false are none, although Python takes them for integers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -54,6 +54,8 @@ _PREFIX: Final = re.compile(r"[A-Za-z0-9._/:-]*", re.ASCII)
 #: What uuid.uuid4().hex looks like, which is what Beaker makes (beaker.session._session_id).
 _SESSION_ID: Final = re.compile(r"[0-9a-f]{32}")
 #: Such an id, or the hash of one (`_session_part`), within other text.
+#: A regular expression for what is between a session's kind and what follows: its id, or the hash of it.
+SESSION_PART: Final = r"(?:[0-9a-f]{32}|sha256-[0-9a-f]{64})"
 _ID_WITHIN: Final = re.compile(
     rf"(?<![0-9A-Za-z])(?:([0-9a-f]{{{SHOWN}}})[0-9a-f]{{{32 - SHOWN}}}"
     rf"|(sha256-[0-9a-f]{{{SHOWN}}})[0-9a-f]{{{64 - SHOWN}}})(?![0-9A-Za-z])"

@@ -21,13 +21,13 @@ from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.console import (
     Output,
     RecordSettings,
+    configured_states,
     configured_store,
     output_option,
     record_options,
     store_options,
 )
 from beaker_statestore.exceptions import DocumentError
-from beaker_statestore.router import RouterStateStorage
 from beaker_statestore.sealing import StoreKeyError
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores.base import Store
@@ -54,8 +54,6 @@ _HOLD_IDS: Final = frozenset({"index", "lock"})
 
 #: The beginning of a session's id: what is shown of it, more, and what comes behind a … if there is one.
 _ID_BEGUN: Final = re.compile(rf"((?:sha256-)?[0-9a-f]{{{record_keys.SHOWN}}})([0-9a-f]*)(?:…(.*))?", re.DOTALL)
-#: The ids that it can stand for: whole ones, as `keys.Namespace` writes them.
-_IDS: Final = r"(?:[0-9a-f]{32}|sha256-[0-9a-f]{64})"
 
 
 def _abbreviation(argument: str) -> tuple[str, str, str, str] | None:
@@ -80,7 +78,7 @@ def _find(store: Store, argument: str) -> bytes:
         return exact
     if abbreviation:
         before, shown, more, behind = abbreviation
-        whole = re.compile(re.escape(before) + _IDS + re.escape(behind))
+        whole = re.compile(re.escape(before) + record_keys.SESSION_PART + re.escape(behind))
         keys = store.keys(_key(before + shown + more))
         matching = [key for key in keys if whole.fullmatch(key.decode("utf-8", "surrogateescape"))]
     else:
@@ -219,7 +217,7 @@ def keys(settings: Settings, output: Output, prefix: str, limit: int | None) -> 
 @output_option
 def states(settings: Settings, output: Output, sender: str | None, state: str | None) -> None:
     """Print the mail router's states of SENDER, or of everybody."""
-    storage = RouterStateStorage(url=configured_store(settings), prefix=settings.prefix, store_key=settings.store_key)
+    storage = configured_states(settings)
     pages = storage.pages() if sender is None else [[(sender, storage.states_of(sender))]]
     rows = [
         (who, key, current)

@@ -33,8 +33,7 @@ PERIOD: Final = 86400.0
 #: How many sessions of a value are looked up at most while another is listed, to drop the dead.
 LOOKED_UP: Final = 100
 
-#: What follows the kind in a session's record key (`keys.Namespace`).
-_MEMBER: Final = re.compile(r"[0-9a-f]{32}|sha256-[0-9a-f]{64}")
+_MEMBER: Final = re.compile(keys.SESSION_PART)
 
 
 def indexed_text(field: str, value: object) -> str | None:
@@ -152,7 +151,7 @@ def _members(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for member, since in document.items():
         # Others may have written it: nothing but a session's name may become a record key.
         if member not in RESERVED and _MEMBER.fullmatch(member):
-            yield member, since if isinstance(since, (int, float)) else 0.0
+            yield member, since if documents.is_number(since) else 0.0
 
 
 def _period(document: Document) -> int | None:

@@ -212,7 +212,7 @@ class SessionRecord:
         session, the times are equal, however the clocks of the hosts differ.
         """
         created = theirs.get(CREATED)
-        return created != base.get(CREATED) and isinstance(created, (int, float)) and created > self._known_since
+        return created != base.get(CREATED) and documents.is_number(created) and created > self._known_since
 
     def _remember(self, base: Document | None) -> None:
         self._base = base
@@ -223,12 +223,14 @@ class SessionRecord:
 
         (Or, after ``statestore reseal``, the next request does it.)
         """
-        stored = self._stored
-        theirs = None if isinstance(stored, Unread) else self._open(stored, though_expired=True)
-        if theirs is None or isinstance(stored, Unread) or OPAQUE in theirs:
-            return
-        if ours[ACCESSED] - theirs.get(ACCESSED, 0) < self._touch_interval:
+        if ours[ACCESSED] - base.get(ACCESSED, 0) < self._touch_interval:
             observe.count("session.touch_skipped")
+            return
+        stored = self._stored
+        if not isinstance(stored, bytes):
+            return
+        theirs = self._open(stored, though_expired=True)
+        if theirs is None or OPAQUE in theirs:
             return
         merge = documents.merge(base, ours, _mergeable(theirs))
         self._enlist(self._key, base, merge.document)
@@ -269,7 +271,7 @@ class SessionRecord:
         known = self._base or {}
         ours = {ACCESSED: now, CREATED: known.get(CREATED, now), **application}
         accessed = ours[ACCESSED]
-        if isinstance(accessed, bool) or not isinstance(accessed, (int, float)):
+        if not documents.is_number(accessed):
             raise DocumentRefusedError(
                 f"session['{ACCESSED}'] is {accessed!r}; Beaker keeps the time of the last access there, in seconds: "
                 "give the application's value another name"
@@ -393,6 +395,6 @@ def _mergeable(document: Document) -> Document:
 def end_of(document: Document, max_lifetime: float | None) -> float:
     """When a session ends however much it is used, in epoch seconds; infinity: never."""
     created = document.get(CREATED)
-    if max_lifetime is None or isinstance(created, bool) or not isinstance(created, (int, float)):
+    if max_lifetime is None or not documents.is_number(created):
         return math.inf
     return created + max_lifetime

@@ -113,8 +113,8 @@ class Sessions:
         data = {name: value for name, value in document.items() if name not in RESERVED | beakers}
         return StoredSession(
             shown_id=keys.shortened_ids(member),
-            created=_time(document.get(CREATED)),
-            accessed=_time(document.get(ACCESSED)),
+            created=_number(document.get(CREATED)),
+            accessed=_number(document.get(ACCESSED)),
             data=data if self._settings.types == "strict" else tagged.untag(data),
         )
 
@@ -191,5 +191,5 @@ class Sessions:
         return keys.Namespace(self._settings.prefix, "session", session_id, self._settings.hash_ids).record(SESSION_KEY)
 
 
-def _time(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+def _number(value: object) -> float | None:
+    return value if documents.is_number(value) else None

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -141,7 +141,14 @@ def _one_of(*words: str) -> Callable[[object], str]:
 
 
 def _split(value: object) -> list[str]:
-    words = re.split(r"[\s,]+", value) if isinstance(value, str) else map(str, value or ())  # type: ignore[call-overload]
+    if isinstance(value, str):
+        words = re.split(r"[\s,]+", value)
+    elif isinstance(value, Iterable):
+        words = list(map(str, value))
+    elif value:
+        raise ValueError("write text, or a list of texts")
+    else:
+        words = []
     return [word for word in words if word]
 
 

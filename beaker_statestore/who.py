@@ -8,8 +8,7 @@ from datetime import datetime, timezone
 
 import click
 
-from beaker_statestore.console import Output, configured_store, output_option, store_options
-from beaker_statestore.router import RouterStateStorage
+from beaker_statestore.console import Output, configured_states, output_option, store_options
 from beaker_statestore.sessions import Sessions
 from beaker_statestore.settings import Settings
 
@@ -41,8 +40,7 @@ def who(settings: Settings, output: Output, address: str, field: str | None) -> 
         sessions = Sessions(_indexed(settings, field)).of(address, by=field)
     else:
         click.echo("sessions are not found: beaker.session.index is not set (give --ini, or --by)", err=True)
-    storage = RouterStateStorage(url=configured_store(settings), prefix=settings.prefix, store_key=settings.store_key)
-    states = sorted(storage.states_of(address).items())
+    states = sorted(configured_states(settings).states_of(address).items())
     if output.as_json:
         for session in sessions:
             output.value(

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import logging
 import re
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import pytest
-from beaker.session import Session
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +26,7 @@ from beaker_statestore.tyrant.original import ADD, DELETE, LOCK_RECORD, PUT, SCR
 from beaker_statestore.tyrant.wire import encode_reply
 from tests.original import LuaState, Original, host
 from tests.peer import Answer, Peer, Script
+from tests.visitor import Visitor
 
 #: Commands that change nothing.
 READING = {"get", "mget", "fwmkeys", "rnum", "size", "stat", "sync"}
@@ -154,33 +153,9 @@ def test_a_function_that_fails_is_an_outage(verb: str) -> None:
         CHANGES[verb](store)
 
 
-class Visitor:
-    """Opens one session as often as wanted, each time as Beaker does for a new request."""
-
-    def __init__(self, server: Original, **options: str) -> None:
-        self.options = {"type": "ext:tcjson", "use_cookies": False, "url": server.url, **options}
-        self.id = uuid.uuid4().hex
-
-    def request(self) -> Session:
-        return Session({}, id=self.id, **self.options)
-
-    def saves(self, **data: Any) -> None:
-        session = self.request()
-        session.update(data)
-        session.save()
-
-    def leaves(self) -> None:
-        session = self.request()
-        session.delete()
-        session.save()
-
-    def sees(self) -> dict[str, Any]:
-        return {name: value for name, value in self.request().items() if not name.startswith("_")}
-
-
 @pytest.fixture
 def visitor(server: Original) -> Visitor:
-    visitor = Visitor(server)
+    visitor = Visitor({"url": server.url})
     visitor.saves(user="zed")
     return visitor
 
@@ -223,13 +198,13 @@ def test_a_server_without_the_script_is_refused_with_the_line_to_type(bare: Orig
 
 def test_sessions_at_a_server_without_the_script_are_refused(bare: Original) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(start_line())):
-        Visitor(bare).saves(user="zed")
+        Visitor({"url": bare.url}).saves(user="zed")
 
 
 def test_where_atomicity_is_not_asked_for_sessions_work_and_one_warning_says_what_is_lost(
     bare: Original, caplog: pytest.LogCaptureFixture
 ) -> None:
-    visitor = Visitor(bare, atomic="no")
+    visitor = Visitor({"url": bare.url}, atomic="no")
 
     def visit() -> None:
         for number in range(3):

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from beaker.cache import Cache
 from beaker.exceptions import BeakerWarning
-from beaker.session import Session
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +39,7 @@ from beaker_statestore.settings import Settings, read_ini
 from beaker_statestore.stores.base import Store
 from beaker_statestore.testing import ServerProcess
 from beaker_statestore.websession import make_filter
+from tests.visitor import Visitor
 
 OLD = "0123456789abcdef0123456789abcdef"
 NEW = "00112233445566778899aabbccddeeff"
@@ -52,25 +52,11 @@ KNOWN_TEXT = "Ad8KQZJe4qmvAAECAwQFBgcICQoL1fdmcPFjXTT/G5brsYp/NxRvTTcV35+fbzw3E6
 KNOWN_DATA = b'{"user":"zed"}'
 
 
-class Visitor:
-    """Opens one session as often as wanted, each time as Beaker does for a new request."""
+class SealedVisitor(Visitor):
+    """A visitor of an application with a ``store_key``."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self.id = uuid.uuid4().hex
-        self.options = {"type": "ext:tcjson", "use_cookies": False, "store_key": OLD, **options}
-        self.record = f"{options['prefix']}session:{self.id}".encode()
-
-    def request(self, **changed: Any) -> Session:
-        return Session({}, id=self.id, **{**self.options, **changed})
-
-    def starts_with(self, **data: Any) -> Visitor:
-        session = self.request()
-        session.update(data)
-        session.save()
-        return self
-
-    def sees(self, **changed: Any) -> dict[str, Any]:
-        return {name: value for name, value in self.request(**changed).items() if not name.startswith("_")}
+        super().__init__({"store_key": OLD, **options})
 
     def adds(self, store_key: str, **data: Any) -> None:
         session = self.request(store_key=store_key)
@@ -79,8 +65,8 @@ class Visitor:
 
 
 @pytest.fixture
-def visitor(options: dict[str, Any]) -> Visitor:
-    return Visitor(options)
+def visitor(options: dict[str, Any]) -> SealedVisitor:
+    return SealedVisitor(options)
 
 
 @pytest.fixture
@@ -184,7 +170,7 @@ def test_the_limit_is_the_documents() -> None:
 
 
 @pytest.mark.parametrize("store_key", [(), (OLD,)])
-def test_no_application_can_have_a_key_of_that_name(visitor: Visitor, store_key: tuple[str, ...]) -> None:
+def test_no_application_can_have_a_key_of_that_name(visitor: SealedVisitor, store_key: tuple[str, ...]) -> None:
     with pytest.raises(DocumentRefusedError, match="session\\['_sealed'\\] is a name that the store uses"):
         codec(*store_key).encode({"_sealed": "x"}, RECORD, "session")
     session = visitor.request(store_key=" ".join(store_key))
@@ -281,7 +267,9 @@ def test_a_mistyped_word_is_no_key() -> None:
 def test_a_session_comes_back_and_its_record_tells_nothing(
     options: dict[str, Any], store: Store, serializer: str
 ) -> None:
-    visitor = Visitor({**options, "data_serializer": serializer, "timeout": 600}).starts_with(user="zed", cart=["book"])
+    visitor = SealedVisitor({**options, "data_serializer": serializer, "timeout": 600}).starts_with(
+        user="zed", cart=["book"]
+    )
     assert visitor.sees() == {"user": "zed", "cart": ["book"]}
     data = store.get(visitor.record)
     assert data is not None
@@ -292,7 +280,7 @@ def test_a_session_comes_back_and_its_record_tells_nothing(
         assert word not in inside
 
 
-def test_two_tabs_that_add_different_keys_keep_both(visitor: Visitor) -> None:
+def test_two_tabs_that_add_different_keys_keep_both(visitor: SealedVisitor) -> None:
     visitor.starts_with(user="zed")
     tab, other = visitor.request(), visitor.request()
     tab["cart"] = ["book"]
@@ -302,7 +290,7 @@ def test_two_tabs_that_add_different_keys_keep_both(visitor: Visitor) -> None:
     assert visitor.sees() == {"user": "zed", "cart": ["book"], "color": "red"}
 
 
-def test_a_slow_request_does_not_undo_a_logout(visitor: Visitor, store: Store) -> None:
+def test_a_slow_request_does_not_undo_a_logout(visitor: SealedVisitor, store: Store) -> None:
     visitor.starts_with(user="zed")
     slow, logout = visitor.request(), visitor.request()
     logout.delete()
@@ -313,7 +301,7 @@ def test_a_slow_request_does_not_undo_a_logout(visitor: Visitor, store: Store) -
     assert visitor.request().is_new
 
 
-def test_keys_are_replaced_one_after_the_other(visitor: Visitor) -> None:
+def test_keys_are_replaced_one_after_the_other(visitor: SealedVisitor) -> None:
     visitor.starts_with(n=1)
     assert visitor.sees(store_key=f"{NEW} {OLD}") == {"n": 1}
     visitor.adds(f"{NEW} {OLD}", m=2)
@@ -322,7 +310,7 @@ def test_keys_are_replaced_one_after_the_other(visitor: Visitor) -> None:
         visitor.sees(store_key=OLD)
 
 
-def test_moving_in_and_out_loses_nobody(visitor: Visitor, store: Store) -> None:
+def test_moving_in_and_out_loses_nobody(visitor: SealedVisitor, store: Store) -> None:
     visitor.adds("", n=1)
     with pytest.raises(SessionUnavailable, match=r"in the clear.*write the word plaintext"):
         visitor.sees(store_key=OLD)
@@ -337,7 +325,9 @@ def test_moving_in_and_out_loses_nobody(visitor: Visitor, store: Store) -> None:
 
 
 @pytest.mark.parametrize("invalidate_corrupt", [True, False])
-def test_a_missing_key_gives_nobody_a_new_session(visitor: Visitor, store: Store, invalidate_corrupt: bool) -> None:
+def test_a_missing_key_gives_nobody_a_new_session(
+    visitor: SealedVisitor, store: Store, invalidate_corrupt: bool
+) -> None:
     visitor.starts_with(user="zed")
     before = store.get(visitor.record)
     for keys in ("", NEW):
@@ -373,7 +363,7 @@ def test_a_visitor_without_the_processs_key_gets_503_and_keeps_his_session(optio
 
 
 def test_a_session_moved_to_another_id_is_damage(options: dict[str, Any], store: Store) -> None:
-    zed, mallory = Visitor(options).starts_with(user="zed"), Visitor(options).starts_with(user="mallory")
+    zed, mallory = SealedVisitor(options).starts_with(user="zed"), SealedVisitor(options).starts_with(user="mallory")
     store.put(mallory.record, store.get(zed.record) or b"")
     with pytest.raises(DocumentDamagedError, match="moved"):
         mallory.request()
@@ -382,7 +372,7 @@ def test_a_session_moved_to_another_id_is_damage(options: dict[str, Any], store:
         assert mallory.request(invalidate_corrupt=True).is_new
 
 
-def test_nobody_makes_a_session_by_writing_it_in_the_clear(visitor: Visitor, store: Store) -> None:
+def test_nobody_makes_a_session_by_writing_it_in_the_clear(visitor: SealedVisitor, store: Store) -> None:
     store.put(visitor.record, b'{"user":"admin"}')
     with pytest.raises(StoreUnavailable, match="in the clear"):
         visitor.request()
@@ -390,7 +380,7 @@ def test_nobody_makes_a_session_by_writing_it_in_the_clear(visitor: Visitor, sto
 
 def test_beakers_own_encryption_works_beneath(options: dict[str, Any], store: Store) -> None:
     own = {"encrypt_key": "0123456789abcdef", "validate_key": "fedcba9876543210", "encrypted": "true"}
-    visitor = Visitor({**options, **own}).starts_with(user="zed")
+    visitor = SealedVisitor({**options, **own}).starts_with(user="zed")
     assert visitor.sees() == {"user": "zed"}
     assert json.loads(store.get(visitor.record) or b"").keys() == {"_sealed"}
 

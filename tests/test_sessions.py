@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 from beaker import crypto
 from beaker.crypto import noencryption
-from beaker.session import Session
 
 from beaker_statestore.exceptions import (
     ConfigurationError,
@@ -31,26 +30,7 @@ from beaker_statestore.namespace import TCJSONNamespaceManager
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
 from beaker_statestore.testing import FaultyStore
-
-
-class Visitor:
-    """Opens one session as often as wanted, each time as Beaker does for a new request."""
-
-    def __init__(self, options: dict[str, Any], **session_options: Any) -> None:
-        self.id = uuid.uuid4().hex
-        self.options = {"type": "ext:tcjson", "use_cookies": False, **options, **session_options}
-
-    def request(self, **changed: Any) -> Session:
-        return Session({}, id=self.id, **{**self.options, **changed})
-
-    def starts_with(self, **data: Any) -> Visitor:
-        session = self.request()
-        session.update(data)
-        session.save()
-        return self
-
-    def sees(self) -> dict[str, Any]:
-        return {name: value for name, value in self.request().items() if not name.startswith("_")}
+from tests.visitor import Visitor
 
 
 @pytest.fixture(params=["pickle", "json"])
@@ -64,11 +44,11 @@ def visitor(options: dict[str, Any], serializer: str) -> Visitor:
 
 
 @pytest.fixture
-def stored(store: Store, options: dict[str, Any]) -> Any:
+def stored(store: Store) -> Any:
     """Reads a visitor's record as it is at rest."""
 
     def read(visitor: Visitor) -> Any:
-        data = store.get(f"{options['prefix']}session:{visitor.id}".encode())
+        data = store.get(visitor.record)
         return None if data is None else json.loads(data)
 
     return read
@@ -274,7 +254,7 @@ def test_an_expired_record_is_no_session_and_is_replaced(
     options: dict[str, Any], store: Store, stored: Any, serializer: str
 ) -> None:
     visitor = Visitor(options, data_serializer=serializer, timeout=60)
-    key = f"{options['prefix']}session:{visitor.id}".encode()
+    key = visitor.record
     store.put(key, json.dumps({"user": "zed", "_accessed_time": 1.0, "_expires": 181.0}).encode())
     session = visitor.request()
     assert session.is_new
@@ -353,7 +333,7 @@ POISON = {
 def test_a_poisoned_record_runs_nothing_and_is_named(
     visitor: Visitor, options: dict[str, Any], store: Store, poison: str
 ) -> None:
-    key = f"{options['prefix']}session:{visitor.id}".encode()
+    key = visitor.record
     store.put(key, POISON[poison])
     with pytest.raises(DocumentDamagedError) as damaged:
         visitor.request()
@@ -415,7 +395,7 @@ def test_ciphertext_that_anybody_could_have_forged_is_not_believed(
     """Beaker would decipher it with a module that authenticates nothing, and unpickle what comes out."""
     visitor = Visitor(options, **KEYS, encrypted="true").starts_with(user="zed")
     forged = "A" * 24 + POISON["base64 pickle"].decode()
-    store.put(f"{options['prefix']}session:{visitor.id}".encode(), json.dumps({"_opaque": forged}).encode())
+    store.put(visitor.record, json.dumps({"_opaque": forged}).encode())
     # pycrypto itself cannot be imported without the library that it is for.
     stand_in = types.SimpleNamespace(**{**vars(noencryption), "__name__": f"beaker.crypto.{module}"})
     monkeypatch.setitem(crypto.CRYPTO_MODULES, "default", stand_in)
@@ -504,7 +484,7 @@ def test_a_touch_is_written_when_the_last_is_old_enough(
     visitor = Visitor(options, data_serializer=serializer, timeout=timeout).starts_with(n=1)
     record = stored(visitor)
     record["_accessed_time"] -= idle
-    store.put(f"{options['prefix']}session:{visitor.id}".encode(), json.dumps(record).encode())
+    store.put(visitor.record, json.dumps(record).encode())
     visitor.request().save(accessed_only=True)
     assert (stored(visitor)["_accessed_time"] > record["_accessed_time"]) is touched
 
@@ -517,7 +497,7 @@ def test_a_session_in_use_ends_at_max_lifetime(
     assert record["_expires"] == pytest.approx(time.time() + 720, abs=5)
     record["_creation_time"] -= 3590
     record["_expires"] = record["_creation_time"] + 3600
-    store.put(f"{options['prefix']}session:{visitor.id}".encode(), json.dumps(record).encode())
+    store.put(visitor.record, json.dumps(record).encode())
     request = visitor.request()
     request["n"] = 2
     request.save()
@@ -525,7 +505,7 @@ def test_a_session_in_use_ends_at_max_lifetime(
     assert visitor.sees() == {"n": 2}
     # Records from before the option was set know nothing of it.
     record["_creation_time"] -= 20
-    store.put(f"{options['prefix']}session:{visitor.id}".encode(), json.dumps(record).encode())
+    store.put(visitor.record, json.dumps(record).encode())
     late = visitor.request()
     assert late.is_new
     assert "n" not in late

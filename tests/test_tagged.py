@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import pytest
 from beaker import util
 from beaker.cache import Cache
-from beaker.session import Session
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +33,7 @@ from beaker_statestore.documents import MAX_DEPTH, Document
 from beaker_statestore.exceptions import DocumentRefusedError, ValueTooLargeError
 from beaker_statestore.namespace import TCJSONNamespaceManager
 from beaker_statestore.stores.base import Store
+from tests.visitor import Visitor
 
 #: Under ``python -bb`` a set that holds b"" and 0, whose hashes are alike, raises a warning when it is made: here, in
 #: hypothesis (which also looks for text among the bytes of other tests), and in any application. It is no fault.
@@ -597,34 +597,22 @@ def test_tagged_is_silent(caplog: pytest.LogCaptureFixture) -> None:
 # -- through real Beaker
 
 
-class Visitor:
-    """Opens one session as often as wanted, each time as Beaker does for a new request."""
+class TaggedVisitor(Visitor):
+    """A visitor of an application with tagged types."""
 
     def __init__(self, options: dict[str, Any], store: Store) -> None:
-        self.id = uuid.uuid4().hex
-        self.options = {"type": "ext:tcjson", "use_cookies": False, "types": "tagged", **options}
+        super().__init__({"types": "tagged", **options})
         self.store = store
 
-    def request(self, **changed: Any) -> Session:
-        return Session({}, id=self.id, **{**self.options, **changed})
-
-    def saves(self, **data: Any) -> None:
-        session = self.request()
-        session.update(data)
-        session.save()
-
-    def sees(self, **changed: Any) -> dict[str, Any]:
-        return {name: value for name, value in self.request(**changed).items() if not name.startswith("_")}
-
     def stored(self) -> dict[str, Any]:
-        data = self.store.get(f"{self.options['prefix']}session:{self.id}".encode())
+        data = self.store.get(self.record)
         assert data is not None
         return {name: value for name, value in json.loads(data).items() if not name.startswith("_")}
 
 
 @pytest.fixture
-def visitor(options: dict[str, Any], store: Store) -> Visitor:
-    return Visitor(options, store)
+def visitor(options: dict[str, Any], store: Store) -> TaggedVisitor:
+    return TaggedVisitor(options, store)
 
 
 EVERYTHING: dict[str, Any] = {
@@ -665,12 +653,12 @@ def test_a_cache_without_tags_refuses_by_place_and_one_that_warns_does_not_name_
         warning["k"] = (1.0, None, [Point(1)])
 
 
-def test_a_session_comes_back_as_it_was_saved(visitor: Visitor) -> None:
+def test_a_session_comes_back_as_it_was_saved(visitor: TaggedVisitor) -> None:
     visitor.saves(**EVERYTHING)
     assert alike(visitor.sees(), EVERYTHING)
 
 
-def test_two_tabs_that_change_different_keys_keep_both(visitor: Visitor, counted: Counter[str]) -> None:
+def test_two_tabs_that_change_different_keys_keep_both(visitor: TaggedVisitor, counted: Counter[str]) -> None:
     visitor.saves(**EVERYTHING)
     tab, other = visitor.request(), visitor.request()
     tab["when"] = later = NOON + datetime.timedelta(days=1)
@@ -682,7 +670,7 @@ def test_two_tabs_that_change_different_keys_keep_both(visitor: Visitor, counted
 
 
 @pytest.mark.parametrize("accessed_only", [False, True])
-def test_unchanged_values_are_no_change(visitor: Visitor, counted: Counter[str], accessed_only: bool) -> None:
+def test_unchanged_values_are_no_change(visitor: TaggedVisitor, counted: Counter[str], accessed_only: bool) -> None:
     visitor.saves(**EVERYTHING)
     reader, writer = visitor.request(), visitor.request()
     writer.update(when=None, roles=set(), deep=0)
@@ -694,7 +682,7 @@ def test_unchanged_values_are_no_change(visitor: Visitor, counted: Counter[str],
     assert "session.conflict" not in counted
 
 
-def test_what_others_have_stored_is_no_change_either(visitor: Visitor) -> None:
+def test_what_others_have_stored_is_no_change_either(visitor: TaggedVisitor) -> None:
     """Even if it is not as we would write it, or from a machine that knows more."""
     odd = {"a": {"$set": [2, 1]}, "b": {"$datetime": "2026-11-21T12:00:00Z"}, "c": {"$datetime": "x"}, "d": {"$new": 1}}
     visitor.request(types="strict").save()
@@ -709,7 +697,7 @@ def test_what_others_have_stored_is_no_change_either(visitor: Visitor) -> None:
     assert visitor.sees() == dict.fromkeys(odd, 1)
 
 
-def test_a_json_application_and_a_pickle_application_share_a_session(visitor: Visitor) -> None:
+def test_a_json_application_and_a_pickle_application_share_a_session(visitor: TaggedVisitor) -> None:
     visitor.saves(**EVERYTHING)
     expected = visitor.stored()
     as_json = {"data_serializer": "json", "serializer": "json"}
@@ -727,7 +715,7 @@ def test_a_json_application_and_a_pickle_application_share_a_session(visitor: Vi
         assert visitor.stored() == expected
 
 
-def test_a_json_application_writes_tags_itself(visitor: Visitor) -> None:
+def test_a_json_application_writes_tags_itself(visitor: TaggedVisitor) -> None:
     session = visitor.request(data_serializer="json", serializer="json")
     session["when"] = {"$datetime": NOON.isoformat()}
     session.save()
