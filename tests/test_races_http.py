@@ -81,16 +81,24 @@ def served(application: WSGIApplication) -> Iterator[int]:
     """The port of 127.0.0.1 at which waitress serves ``application``, in four threads."""
     sockets: dict[int, Any] = {}
     server = create_server(application, map=sockets, host="127.0.0.1", port=0, threads=4)
-    thread = threading.Thread(target=server.run, name="waitress")
+    stopping = threading.Event()
+
+    def loop() -> None:
+        # `server.run()` ends only with its sockets, and whoever wakes it to close them may find its wire closed already.
+        while not stopping.is_set():
+            wasyncore.loop(timeout=1.0, map=sockets, count=1)
+
+    thread = threading.Thread(target=loop, name="waitress")
     thread.start()
     try:
         yield int(server.effective_port)
     finally:
-        # In the server's own thread, whose loop ends when it has no more sockets.
-        server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))
+        stopping.set()
+        server.trigger.pull_trigger()
         thread.join(PATIENCE)
-        server.task_dispatcher.shutdown(timeout=PATIENCE)
         assert not thread.is_alive()
+        server.task_dispatcher.shutdown(timeout=PATIENCE)
+        wasyncore.close_all(sockets)
 
 
 @dataclass(frozen=True)
