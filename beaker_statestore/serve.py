@@ -34,9 +34,10 @@ _MIB: Final = 1024 * 1024
 _OTHER_FILES: Final = 64
 
 #: The part of the time that sweeping may take while it is under way, and how long clients may have to wait for one
-#: step of it, in seconds. Where each step waits for the disk, smaller ones would not be sooner done.
+#: step of it, in seconds. A commit alone may take a third of a millisecond, and steps that do little else would last
+#: for hours; where each waits for the disk, smaller ones would not be sooner done.
 _SWEEP_SHARE: Final = 0.05
-_SWEEP_STEP: Final = 0.0003
+_SWEEP_STEP: Final = 0.001
 _SWEEP_STEP_ON_DISK: Final = 0.02
 #: Values above this many bytes are not looked into, as reading one would hold up all clients. A document of ours has a
 #: megabyte at most, and a third more encrypted, unless the application's ``max_value`` says otherwise.

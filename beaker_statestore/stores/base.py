@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any, Final, TypeVar
 
 from beaker_statestore import observe
-from beaker_statestore.exceptions import ContentionError, OutcomeUnknown, StateStoreError
+from beaker_statestore.exceptions import ConfigurationError, ContentionError, OutcomeUnknown, StateStoreError
 
 __all__ = ["UNREAD", "LocalStore", "LocalVerbs", "Store", "Unread", "Verbs"]
 
@@ -230,6 +230,11 @@ class Store(Verbs):
 class LocalVerbs(Verbs):
     """The verbs of an engine in this process, which knows its keys in byte order."""
 
+    #: Commands of Tokyo Tyrant that the engine carries out itself, in its own way, by their names on the wire. Each
+    #: gets the arguments of the wire and answers what belongs into the reply (``True`` where nothing does), or
+    #: ``None`` if it failed. All others are carried out by the verbs.
+    native: Mapping[str, Callable[..., Any]] = {}
+
     @abstractmethod
     def ordered_keys(self, start: bytes = b"", *, after: bool = False) -> Iterator[bytes]:
         """The keys from ``start`` on (from behind it, with ``after``), in byte order; good until the next write.
@@ -266,14 +271,30 @@ class LocalStore(LocalVerbs, Store):
 
     #: A write waits for the disk, so it must not run on an event loop.
     blocking: bool = False
+    #: What ``stat`` calls it: the type of Tokyo Cabinet's databases that it behaves as.
+    kind: str = "on-memory tree"
+    #: Of the file that has the records, if there is one.
+    path: str | None = None
 
     @abstractmethod
     def apply(self, operations: Sequence[Callable[[LocalVerbs], T]]) -> list[T]:
         """As promised in `Store`, always in one transaction."""
 
     @abstractmethod
-    def crash_can_lose(self) -> str:
-        """One sentence for operators: what is lost when the process or the machine dies."""
+    def crash_can_lose(self, interval: float | None = None) -> str:
+        """One sentence for operators: what is lost when the process or the machine dies.
+
+        :param interval: somebody calls `sync` every so many seconds.
+        """
+
+    def backup(self, path: str) -> None:
+        """Write all records, as they are at one moment, to a new file at ``path``, which this store could open.
+
+        May take long; may be called from a thread of its own while the store is used.
+
+        :raises ConfigurationError: the engine keeps no files, or ``path`` is taken or cannot be written.
+        """
+        raise ConfigurationError(f"{type(self).__name__} keeps no file that could be copied")
 
     def _alone(self, operation: Callable[[LocalVerbs], T]) -> T:
         return self.apply([operation])[0]

@@ -40,7 +40,7 @@ T = TypeVar("T")
 DEFAULT_MAP_SIZE: Final = 64 * 2**30 if sys.maxsize > 2**32 else 2**30
 
 _SYNC_MODES: Final = {
-    "os": "a dying process loses nothing; a power cut loses what was written since the last sync, and can damage the "
+    "os": "a dying process loses nothing; a power cut loses what was written {since}, and can damage the "
     "file where the file system reorders writes",
     "always": "nothing that was acknowledged: each commit is on the disk first",
 }
@@ -150,6 +150,8 @@ class _Transaction(LocalVerbs):
 class LMDBStore(LocalStore):
     """The records of one LMDB file, opened by each process when it first uses the store."""
 
+    kind = "B+ tree"
+
     def __init__(self, path: str | os.PathLike[str], *, sync: str = "os", map_size: int = DEFAULT_MAP_SIZE) -> None:
         """
         :param path: of the file, which is made if need be; its directory must be there.
@@ -206,8 +208,13 @@ class LMDBStore(LocalStore):
         if file is not None:
             close_file(file, self)
 
-    def crash_can_lose(self) -> str:
-        return _SYNC_MODES[self._sync_mode]
+    def backup(self, path: str) -> None:
+        """As promised in `LocalStore`; writers go on meanwhile, and the copy has no gaps."""
+        self._open_file().copy(path)
+
+    def crash_can_lose(self, interval: float | None = None) -> str:
+        since = "since the last sync" if interval is None else f"in the last {interval:g} s"
+        return _SYNC_MODES[self._sync_mode].format(since=since)
 
 
 def _each(operations: Sequence[Callable[[LocalVerbs], T]], transaction: _Transaction) -> list[T]:

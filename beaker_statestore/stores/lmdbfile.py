@@ -370,6 +370,28 @@ class LMDBFile:
         finally:
             gate.leave()
 
+    def copy(self, path: str) -> None:
+        """Write what is committed now to a new file at ``path``, without gaps, and return when it is on the disk.
+
+        The map cannot be made larger meanwhile.
+        """
+        try:
+            copy = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
+        except OSError as error:
+            raise ConfigurationError(f"cannot write a copy to {path}: {error.strerror}") from error
+        gate = _gate
+        try:
+            gate.enter()
+            try:
+                self._environment.copyfd(copy, compact=True)
+            finally:
+                gate.leave()
+            os.fsync(copy)
+        except (self._lmdb.Error, OSError) as error:
+            raise StoreUnavailable(f"copying {self.path} to {path} failed: {error} ({_room(path)})") from error
+        finally:
+            os.close(copy)
+
     def _change_map(self, seen: int, size: int) -> None:
         """Give the map ``size`` bytes, or as many as the file asks for (0), if it still has as many as were seen."""
         with _gate.alone():

@@ -134,5 +134,5 @@ class MemoryStore(LocalStore):
             self.closed = True
             self._records = SortedDict()
 
-    def crash_can_lose(self) -> str:
+    def crash_can_lose(self, interval: float | None = None) -> str:
         return "everything: the records are only in this process's memory"
