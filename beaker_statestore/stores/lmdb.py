@@ -151,6 +151,7 @@ class LMDBStore(LocalStore):
     """The records of one LMDB file, opened by each process when it first uses the store."""
 
     kind = "B+ tree"
+    path: str
 
     def __init__(self, path: str | os.PathLike[str], *, sync: str = "os", map_size: int = DEFAULT_MAP_SIZE) -> None:
         """
