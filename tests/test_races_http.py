@@ -84,7 +84,7 @@ def served(application: WSGIApplication) -> Iterator[int]:
     stopping = threading.Event()
 
     def loop() -> None:
-        # `server.run()` ends only with its sockets, and whoever wakes it to close them may find its wire closed already.
+        # `server.run()` ends only with its sockets, and who wakes it to close them may find its wire closed already.
         while not stopping.is_set():
             wasyncore.loop(timeout=1.0, map=sockets, count=1)
 

@@ -17,10 +17,12 @@ from typing import Any, Final, NamedTuple
 
 MAGIC: Final = 0xC8
 
-#: ttserver's own limits (TTMAXARGSIZ, TTMAXARGNUM, TTMAXNAMESIZ less its terminating zero).
+#: ttserver's own limits (TTMAXARGSIZ, TTMAXARGNUM, TTMAXNAMESIZ less its terminating zero, and that of a line).
 MAX_BLOB: Final = 256 * 1024 * 1024
 MAX_COUNT: Final = 1024 * 1024
 MAX_NAME: Final = 1023
+#: A line of the text protocols, its end included.
+MAX_LINE: Final = 16 * 1024 * 1024
 
 #: Reply status of success and, of the original, of every failure.
 SUCCESS: Final = 0
@@ -28,6 +30,8 @@ FAILURE: Final = 1
 #: Our server's answer when its store failed and did nothing, where `FAILURE` would read as "no record". Any client that
 #: knows only the original takes every status but 0 for failure, as it should.
 STORE_FAILED: Final = 2
+#: Our server's answer to a command that it is configured not to carry out, where the original's looks like absence.
+FORBIDDEN: Final = 3
 
 
 class Kind(Enum):
@@ -200,6 +204,13 @@ REPEATABLE_MISC: Final = frozenset({b"get", b"getlist", b"getpart", b"regex", b"
 PROBE: Final = b"statestore"
 CAS: Final = b"cas"
 SCAN: Final = b"scan"
+#: memcached's commands for which the binary protocol has none, as ``ext`` functions: they change a record only if it is
+#: there, and answer its new value. The last two take it for a decimal number, which does not get below 0.
+REPLACE: Final = b"replace"
+APPEND: Final = b"append"
+PREPEND: Final = b"prepend"
+INCR: Final = b"incr"
+DECR: Final = b"decr"
 #: ``misc`` option: keep the call out of the update log. The original logs every call without it, even reads.
 NO_UPDATE_LOG: Final = 1
 

@@ -15,7 +15,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from beaker_statestore.exceptions import ProtocolError
 from beaker_statestore.tyrant.commands import (
@@ -24,6 +24,7 @@ from beaker_statestore.tyrant.commands import (
     MAGIC,
     MAX_BLOB,
     MAX_COUNT,
+    MAX_LINE,
     MAX_NAME,
     PUTSHL,
     SUCCESS,
@@ -37,13 +38,17 @@ from beaker_statestore.tyrant.commands import (
 
 __all__ = [
     "LIMITS",
+    "Decoder",
     "Limits",
+    "Line",
+    "Reading",
     "ReplyDecoder",
     "RequestDecoder",
     "decimal_to_float",
     "encode_reply",
     "encode_request",
     "float_to_decimal",
+    "read_request",
 ]
 
 T = TypeVar("T")
@@ -58,8 +63,15 @@ _INT64_MAX: Final = 2**63 - 1
 #: adddouble's fractional part counts 10**-12.
 _FRACTION: Final = 1_000_000_000_000
 
-#: A generator that asks for so many bytes at each yield, is sent them, and returns what it has read.
-Reading = Generator[int, bytes, T]
+
+class Line(NamedTuple):
+    """Asks for the bytes up to and including the next line feed, of which there may be so many."""
+
+    limit: int
+
+
+#: A generator that asks for so many bytes or a line at each yield, is sent them, and returns what it has read.
+Reading = Generator[int | Line, bytes, T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,8 @@ class Limits:
     name: int = MAX_NAME
     #: All bytes of one message together; in the original, key and value may both be as long as they may.
     message: int = 2 * MAX_BLOB + 1024
+    #: One line of a text protocol.
+    line: int = MAX_LINE
 
     def check(self, length: int, limit: int, what: str) -> None:
         """Raise `ProtocolError` if ``length`` is above ``limit``, which is one of these."""
@@ -231,8 +245,10 @@ class Decoder(Generic[T]):
         self._buffer = bytearray()
         self._position = 0
         self._reading: Reading[T] | None = None
-        self._wanted = 0
+        self._wanted: int | Line = 0
         self._read_so_far = 0
+        #: In so many bytes of what is unread there is no line feed.
+        self._searched = 0
         self._broken: ProtocolError | None = None
 
     def feed(self, data: bytes) -> None:
@@ -274,53 +290,71 @@ class Decoder(Generic[T]):
             self._wanted = next(self._reading)
             self._read_so_far = 0
         message: T | None = None
-        while len(self._buffer) - self._position >= self._wanted:
-            piece = memoryview(self._buffer)[self._position : self._position + self._wanted].tobytes()
-            self._position += self._wanted
-            self._read_so_far += self._wanted
+        while True:
+            wanted = self._wanted
+            length = wanted if isinstance(wanted, int) else self._line_length(wanted)
+            if length is None or len(self._buffer) - self._position < length:
+                break
+            piece = memoryview(self._buffer)[self._position : self._position + length].tobytes()
+            self._position += length
+            self._read_so_far += length
             try:
-                self._wanted = self._reading.send(piece)
+                self._wanted = wanted = self._reading.send(piece)
             except StopIteration as stop:
                 self._reading = None
                 message = stop.value
                 break
-            self._limits.check(self._read_so_far + self._wanted, self._limits.message, "a message")
+            more = wanted if isinstance(wanted, int) else 0
+            self._limits.check(self._read_so_far + more, self._limits.message, "a message")
         # Moving the rest down costs its length, so it waits until at least as much has been read.
         if self._position * 2 >= len(self._buffer):
             del self._buffer[: self._position]
             self._position = 0
         return message
 
+    def _line_length(self, wanted: Line) -> int | None:
+        """How long the next line is, or ``None`` if its end has not come."""
+        end = self._buffer.find(b"\n", self._position + self._searched)
+        length = (len(self._buffer) if end < 0 else end + 1) - self._position
+        self._limits.check(length, wanted.limit, "a line")
+        self._searched = length if end < 0 else 0
+        return None if end < 0 else length
+
     def _read(self) -> Reading[T]:
         """Ask for the bytes of one message piece by piece, and return it."""
         raise NotImplementedError
 
 
+def read_request(limits: Limits) -> Reading[Request]:
+    """One binary request."""
+    magic, command_id = yield 2
+    if magic != MAGIC:
+        raise ProtocolError(f"a request begins with {MAGIC:02X}, not with {magic:02X}")
+    command = COMMANDS.get(command_id)
+    if command is None:
+        raise ProtocolError(f"there is no command {command_id:02X}")
+    layout = _LAYOUTS[command]
+    arguments: list[Any] = [None] * len(layout.integers)
+    integers = layout.header.unpack((yield layout.header.size))
+    for integer, (place, limit, what) in zip(integers, layout.integers, strict=True):
+        if limit is not None:
+            # A negative length reads as one above every limit.
+            limits.check(integer, getattr(limits, limit), what)
+        arguments[place] = integer
+    if command is PUTSHL and arguments[2] < 0:
+        raise ProtocolError(f"putshl's width is {arguments[2]}")
+    for place in range(layout.blobs):
+        arguments[place] = yield arguments[place]
+    if layout.has_list:
+        arguments[layout.blobs] = yield from _read_items(arguments[layout.blobs], limits)
+    return Request(command, tuple(arguments))
+
+
 class RequestDecoder(Decoder[Request]):
-    """The server's ear: bytes of a client -> `Request`."""
+    """Bytes of a client that speaks the binary protocol only -> `Request`."""
 
     def _read(self) -> Reading[Request]:
-        magic, command_id = yield 2
-        if magic != MAGIC:
-            raise ProtocolError(f"a request begins with {MAGIC:02X}, not with {magic:02X}")
-        command = COMMANDS.get(command_id)
-        if command is None:
-            raise ProtocolError(f"there is no command {command_id:02X}")
-        layout = _LAYOUTS[command]
-        arguments: list[Any] = [None] * len(layout.integers)
-        integers = layout.header.unpack((yield layout.header.size))
-        for integer, (place, limit, what) in zip(integers, layout.integers, strict=True):
-            if limit is not None:
-                # A negative length reads as one above every limit.
-                self._limits.check(integer, getattr(self._limits, limit), what)
-            arguments[place] = integer
-        if command is PUTSHL and arguments[2] < 0:
-            raise ProtocolError(f"putshl's width is {arguments[2]}")
-        for place in range(layout.blobs):
-            arguments[place] = yield arguments[place]
-        if layout.has_list:
-            arguments[layout.blobs] = yield from _read_items(arguments[layout.blobs], self._limits)
-        return Request(command, tuple(arguments))
+        return read_request(self._limits)
 
 
 class ReplyDecoder(Decoder[tuple[Request, Reply]]):
