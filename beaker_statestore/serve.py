@@ -1,53 +1,66 @@
-"""``statestore serve``: a Tyrant server as a process, from its options to its signals."""
+"""``statestore serve``: the options of a Tyrant server. What it does with them is in `service`."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import resource
-import signal
-import time
-from collections.abc import Coroutine, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 from urllib.parse import quote
 
 import click
 
-from beaker_statestore import __version__
+from beaker_statestore import __version__, extensions
 from beaker_statestore.console import Seconds
 from beaker_statestore.exceptions import ConfigurationError
+from beaker_statestore.service import SWEEP_LARGEST, Service, log_to
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.stores.urls import redacted
-from beaker_statestore.sweeper import BATCH, MARGIN, Sweeper
-from beaker_statestore.tyrant.server import Server, ServerLimits
+from beaker_statestore.sweeper import MARGIN
+from beaker_statestore.tyrant.backups import Backups
+from beaker_statestore.tyrant.http import HTTPPolicy
+from beaker_statestore.tyrant.listening import SOCKET_MODE
+from beaker_statestore.tyrant.mask import CLOSED, OPEN, Mask
+from beaker_statestore.tyrant.server import Server, ServerLimits, ServerOptions
+from beaker_statestore.tyrant.verbs import Function
 
 __all__ = ["serve"]
-
-logger = logging.getLogger(__name__)
 
 _LIMITS: Final = ServerLimits()
 _MIB: Final = 1024 * 1024
 #: Open files that a server needs besides its connections: the store's, the listening sockets, the log.
 _OTHER_FILES: Final = 64
-
-#: The part of the time that sweeping may take while it is under way, and how long clients may have to wait for one
-#: step of it, in seconds. A commit alone may take a third of a millisecond, and steps that do little else would last
-#: for hours; where each waits for the disk, smaller ones would not be sooner done.
-_SWEEP_SHARE: Final = 0.05
-_SWEEP_STEP: Final = 0.001
-_SWEEP_STEP_ON_DISK: Final = 0.02
-#: Values above this many bytes are not looked into, as reading one would hold up all clients. A document of ours has a
-#: megabyte at most, and a third more encrypted, unless the application's ``max_value`` says otherwise.
-_SWEEP_LARGEST: Final = 4 * _MIB
+#: Seconds between syncs where a store needs them.
+_SYNC_INTERVAL: Final = 1.0
 
 _ON_SWEEPS: Final = (
     'Every {:g} s it removes expired documents: JSON objects with an "_expires" that has passed, under keys such as '
     "session:... and shop:cache:..., and nothing else (--sweep 0: never)."
 )
 _ON_NO_SWEEPS: Final = "It removes no expired documents (--sweep 0); `statestore sweep` does."
+
+
+class _Mode(click.ParamType[int]):
+    """The mode of a file, as chmod takes it."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            mode = int(str(value), 8)
+        except ValueError:
+            mode = -1
+        if not 0 <= mode <= 0o777:
+            self.fail(f"{value!r} is no mode; write it as chmod takes it, 600 or 660.", param, ctx)
+        return mode
+
+
+def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> Any:
+    return click.option(
+        name, type=click.IntRange(1, most), default=default // _MIB, show_default=True, metavar="MIB", help=help_
+    )
 
 
 @click.command()
@@ -57,41 +70,92 @@ _ON_NO_SWEEPS: Final = "It removes no expired documents (--sweep 0); `statestore
     multiple=True,
     default=["127.0.0.1:1978"],
     show_default=True,
-    metavar="HOST:PORT|unix:PATH",
-    help="Where clients connect; may be given several times. Port 0 is any free one.",
+    metavar="HOST:PORT|unix:PATH|systemd",
+    help="Where clients connect; may be given several times. Port 0 is any free one; systemd stands for the sockets "
+    "that it has opened.",
 )
 @click.option(
     "--db",
     default="var/state.lmdb",
     show_default=True,
     metavar="PATH|URL",
-    help="The store: a path ending in .lmdb, an lmdb:/// URL, or memory: (forgets all when it stops).",
+    help="The store: a path ending in .lmdb, an lmdb:/// URL, or memory: (forgets all when it stops); or a database "
+    "of Tokyo Cabinet as ttserver names it, such as casket.tcb, casket.tch#bnum=1000000, * or +.",
 )
 @click.option(
     "--sync",
-    type=click.Choice(["always", "os"]),
-    help="For LMDB: when a change is written to the disk, before it is answered or when the system chooses. The death "
-    "of the server loses nothing either way; a power cut loses nothing only with always.  [default: os]",
+    type=click.Choice(["always", "interval", "os"]),
+    help="When a change is written to the disk: before it is answered; every --sync-interval; or when the system "
+    "chooses.  [default: os for LMDB, interval for Tokyo Cabinet]",
+)
+@click.option(
+    "--sync-interval",
+    type=Seconds(min_open=True),
+    metavar="SECONDS",
+    help=f"How often, with --sync interval.  [default: {_SYNC_INTERVAL:g}]",
 )
 @click.option("--allow-remote", is_flag=True, help="Permit --listen at addresses that other machines can reach.")
 @click.option(
+    "--socket-mode",
+    type=_Mode(),
+    default=f"{SOCKET_MODE:o}",
+    show_default=True,
+    metavar="MODE",
+    help="Who may connect to a Unix socket; 660 lets its group in.",
+)
+@click.option("--tls-cert", type=click.Path(), help="Speak TLS on TCP, with this certificate (PEM, with its chain).")
+@click.option("--tls-key", type=click.Path(), help="The certificate's key, if it is in a file of its own.")
+@click.option("--tls-ca", type=click.Path(), help="Let only clients in whose certificate one of these has signed.")
+@click.option("--http", "with_http", is_flag=True, help="Answer HTTP too, on the same port.")
+@click.option(
+    "--http-host",
+    "http_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="With --http: a host name by which clients may call this server, besides localhost; several times if need be.",
+)
+@click.option(
+    "--mask",
+    "masked",
+    multiple=True,
+    metavar="NAMES",
+    help="Commands and groups that no client may use, in ttserver's words, with commas between: vanish, allwrite, "
+    "allmc, all, ...; functions stands for those of --ext. What is said of one goes before what is said of many.",
+)
+@click.option(
+    "--unmask",
+    "unmasked",
+    multiple=True,
+    metavar="NAMES",
+    help="Those that clients may use after all, for which TCP is closed unless you say so: "
+    f"{', '.join(sorted(CLOSED.forbidden))}.",
+)
+@click.option(
+    "--ext",
+    "modules",
+    multiple=True,
+    metavar="MODULE",
+    help="Offer the functions of this Python module (a name, or a path ending in .py) to `ext`; see the manual.",
+)
+@click.option(
+    "--backups",
+    type=click.Path(),
+    metavar="DIRECTORY",
+    help="Where `copy` may make new files. It is masked for TCP; --unmask copy.",
+)
+@click.option(
     "--max-connections", type=click.IntRange(min=1), default=_LIMITS.connections, show_default=True, metavar="N"
 )
+@_mebibytes("--max-message", _LIMITS.message, "The largest request, and the largest value.", 256)
+@_mebibytes("--max-reply", _LIMITS.reply, "The largest reply, and so what one client can leave unread.", 256)
+@_mebibytes("--max-memory", _LIMITS.memory, "What half requests and unread replies of all clients may take up.")
 @click.option(
-    "--max-message",
-    type=click.IntRange(1, 256),
-    default=_LIMITS.message // _MIB,
-    show_default=True,
-    metavar="MIB",
-    help="The largest request, value or reply.",
-)
-@click.option(
-    "--max-memory",
+    "--max-keys",
     type=click.IntRange(min=1),
-    default=_LIMITS.memory // _MIB,
+    default=_LIMITS.keys,
     show_default=True,
-    metavar="MIB",
-    help="What half requests and unread replies of all clients may take up.",
+    metavar="N",
+    help="How many keys one request may look for (fwmkeys, misc regex and range).",
 )
 @click.option(
     "--patience",
@@ -102,6 +166,14 @@ _ON_NO_SWEEPS: Final = "It removes no expired documents (--sweep 0); `statestore
     help="How long a client may take to finish a request it has begun, or not read a reply.",
 )
 @click.option(
+    "--idle",
+    type=Seconds(),
+    default=_LIMITS.idle,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a client may stay connected and ask for nothing; 0: for ever.",
+)
+@click.option(
     "--sweep",
     "interval",
     type=Seconds(),
@@ -110,51 +182,90 @@ _ON_NO_SWEEPS: Final = "It removes no expired documents (--sweep 0); `statestore
     metavar="SECONDS",
     help=f"Remove expired records, of all applications, at the start and so long after each time; 0: never. A record "
     "goes if its key is one of ours, under no prefix or one that does not end in a letter or digit (session:..., "
-    'shop:cache:...), and its value a JSON object of 4 MiB or less with an "_expires" that was '
+    f'shop:cache:...), and its value a JSON object of {SWEEP_LARGEST // _MIB} MiB or less with an "_expires" that was '
     f"{MARGIN:.0f} seconds ago or more.",
+)
+@click.option(
+    "--log", type=click.Path(dir_okay=False), help="Log to this file; SIGHUP opens it anew.  [default: stderr]"
 )
 @click.option("--verbose", is_flag=True, help="Log each connection that is closed for cause, and each sweep.")
 def serve(
     addresses: Sequence[str],
     db: str,
-    sync: Literal["always", "os"] | None,
+    sync: str | None,
+    sync_interval: float | None,
     allow_remote: bool,
+    socket_mode: int,
+    tls_cert: str | None,
+    tls_key: str | None,
+    tls_ca: str | None,
+    with_http: bool,
+    http_hosts: Sequence[str],
+    masked: Sequence[str],
+    unmasked: Sequence[str],
+    modules: Sequence[str],
+    backups: str | None,
     max_connections: int,
     max_message: int,
+    max_reply: int,
     max_memory: int,
+    max_keys: int,
     patience: float,
+    idle: float,
     interval: float,
+    log: str | None,
     verbose: bool,
 ) -> None:
     """Serve a store to Tokyo Tyrant clients, until SIGTERM or Ctrl-C."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if verbose else None)
+    if http_hosts and not with_http:
+        raise click.UsageError("--http-host is for --http; give that too")
+    limits = ServerLimits(
+        message=max_message * _MIB,
+        reply=max_reply * _MIB,
+        memory=max_memory * _MIB,
+        connections=max_connections,
+        patience=patience,
+        idle=idle,
+        keys=max_keys,
+    )
+    options = ServerOptions(
+        allow_remote=allow_remote,
+        socket_mode=socket_mode,
+        tls=_tls(tls_cert, tls_key, tls_ca),
+        tcp_mask=Mask.of(masked, unmasked, default=CLOSED),
+        unix_mask=Mask.of(masked, unmasked, default=OPEN),
+        http=HTTPPolicy(http_hosts) if with_http else None,
+        functions=_functions(modules),
+        backups=None if backups is None else Backups(backups),
+    )
+    _log_to(log, logging.INFO if verbose else logging.WARNING)
     _permit_open_files(max_connections + _OTHER_FILES)
-    limits = ServerLimits(max_message * _MIB, max_memory * _MIB, max_connections, patience)
-    store = _open_local_store(_url(db, sync))
+    store, every = _open_local_store(db, sync, sync_interval)
+
+    def tell() -> None:
+        click.echo(f"statestore {__version__} serves {db} at {', '.join(map(str, server.addresses))}")
+        click.echo(f"In a crash: {store.crash_can_lose(every)}.")
+        click.echo(_ON_SWEEPS.format(interval) if interval else _ON_NO_SWEEPS)
+
     with store:
         store.ping()
-        server = Server(store, limits=limits, allow_remote=allow_remote)
-        _run(_serve(server, store, addresses, db, interval))
+        server = Server(store, limits=limits, options=options)
+        Service(server, store, sweep_interval=interval, sync_interval=every).run(addresses, tell)
         store.sync()
 
 
-def _url(db: str, sync: str | None) -> str:
-    """The URL of the store that the options name; the directory of a path is made."""
-    if db.endswith(".lmdb") and ":" not in db.partition("/")[0]:
-        path = Path(db).absolute()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(f"cannot make {path.parent} for --db {db}: {error.strerror}") from error
-        db = f"lmdb://{quote(str(path))}"
-    if sync is None:
-        return db
-    if not db.startswith("lmdb:"):
-        raise ConfigurationError(f"--sync is for LMDB; --db {db} has nothing to write to the disk")
-    return f"{db}{'&' if '?' in db else '?'}sync={sync}"
-
-
-def _open_local_store(url: str) -> LocalStore:
+def _open_local_store(db: str, sync: str | None, sync_interval: float | None) -> tuple[LocalStore, float | None]:
+    """The store that the options name, and how often it is to be synchronised; the directory of a path is made."""
+    if sync_interval is not None and sync not in (None, "interval"):
+        raise ConfigurationError(f"--sync-interval is for --sync interval, not for --sync {sync}")
+    if sync is None and sync_interval is not None:
+        sync = "interval"
+    every = (sync_interval or _SYNC_INTERVAL) if sync == "interval" else None
+    url = _url(db)
+    if sync is not None:
+        if not url.startswith("lmdb:"):
+            raise ConfigurationError(f"--sync is for stores with a file; --db {db} has nothing to write to the disk")
+        url += f"{'&' if '?' in url else '?'}sync={'always' if sync == 'always' else 'os'}"
     store = open_store(url)
     if not isinstance(store, LocalStore):
         store.close()
@@ -162,7 +273,39 @@ def _open_local_store(url: str) -> LocalStore:
             f"serve needs a store in this process, and {redacted(url)} is on a network: "
             "let the clients connect there, or give an lmdb:/// URL or a path ending in .lmdb by --db"
         )
-    return store
+    return store, every
+
+
+def _url(db: str) -> str:
+    if not db.endswith(".lmdb") or ":" in db.partition("/")[0]:
+        return db
+    path = Path(db).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"cannot make {path.parent} for --db {db}: {error.strerror}") from error
+    return f"lmdb://{quote(str(path))}"
+
+
+def _tls(cert: str | None, key: str | None, ca: str | None) -> Any:
+    return None
+
+
+def _functions(modules: Sequence[str]) -> dict[bytes, Function]:
+    functions: dict[bytes, Function] = {}
+    for module in modules:
+        for name, function in extensions.load(module).items():
+            if name in functions:
+                raise ConfigurationError(f"--ext {module}: another module has a function {name.decode()!r} too")
+            functions[name] = function
+    return functions
+
+
+def _log_to(path: str | None, level: int) -> None:
+    try:
+        log_to(path, level)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write to --log {path}: {error.strerror}") from error
 
 
 def _permit_open_files(wanted: int) -> None:
@@ -171,60 +314,3 @@ def _permit_open_files(wanted: int) -> None:
     if soft < wanted:
         permitted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (permitted, hard))
-
-
-def _run(main: Coroutine[Any, Any, None]) -> None:
-    """Run ``main`` on the quickest event loop that is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
-
-
-async def _serve(server: Server, store: LocalStore, addresses: Sequence[str], db: str, interval: float) -> None:
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    await server.start(addresses)
-    click.echo(f"statestore {__version__} serves {db} at {', '.join(map(str, server.addresses))}")
-    click.echo(f"In a crash: {store.crash_can_lose()}.")
-    click.echo(_ON_SWEEPS.format(interval) if interval else _ON_NO_SWEEPS)
-    sweeping = asyncio.create_task(_sweep_for_ever(server, store, interval)) if interval else None
-    await stopped.wait()
-    if sweeping is not None:
-        sweeping.cancel()
-        (ended,) = await asyncio.gather(sweeping, return_exceptions=True)
-        if isinstance(ended, Exception):
-            logger.warning("sweeping had ended: %r", ended)
-    await server.stop()
-
-
-async def _sweep_for_ever(server: Server, store: LocalStore, interval: float) -> None:
-    while True:
-        sweeper = Sweeper(store, prefix=None, largest=_SWEEP_LARGEST)
-        try:
-            await _sweep(server, sweeper, _SWEEP_STEP_ON_DISK if store.blocking else _SWEEP_STEP)
-        except Exception as error:  # noqa: BLE001 - whatever it was, clients are served, and the next one may do it
-            logger.warning("a sweep broke off: %r", error)
-        found = sweeper.sweep
-        if found.removed or found.unreadable:
-            logger.info(
-                "a sweep has removed %d of %d records; %d were too large or no documents of ours",
-                found.removed,
-                found.seen,
-                found.unreadable,
-            )
-        await asyncio.sleep(interval)
-
-
-async def _sweep(server: Server, sweeper: Sweeper, step: float) -> None:
-    """Sweep with pauses, in steps of so many records as take ``step`` seconds."""
-    batch = 1
-    while not sweeper.done:
-        began = time.perf_counter()
-        await server.between(partial(sweeper.step, batch))
-        took = time.perf_counter() - began
-        batch = max(1, min(BATCH, 2 * batch, int(batch * step / took)))
-        await asyncio.sleep(took * (1 / _SWEEP_SHARE - 1))

@@ -34,9 +34,10 @@ from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.stores.memory import MemoryStore
 from beaker_statestore.tyrant.commands import EXT, FAILURE, STAT, SUCCESS, Reply, Request
 from beaker_statestore.tyrant.original import SCRIPT
-from beaker_statestore.tyrant.verbs import Executor
+from beaker_statestore.tyrant.verbs import Executor, Reach
 from beaker_statestore.tyrant.wire import encode_reply
 from tests.peer import Peer
+from tests.serving import carry_out
 
 #: Mutexes for records, as RECMTXNUM.
 LOCKS = 31
@@ -131,7 +132,7 @@ class Original:
         self.peer = Peer(self._answer)
         self._database = database
         self._locking = locking
-        self._executor = Executor(self.store, LONGEST)
+        self._executor = Executor(self.store, Reach(LONGEST, LONGEST))
         self._executing = threading.Lock()
         self._locks = [threading.Lock() for _ in range(LOCKS)]
         self._states = threading.local()
@@ -158,7 +159,7 @@ class Original:
             result = self._ext(*request.arguments)
             return encode_reply(EXT, Reply(FAILURE) if result is None else Reply(SUCCESS, result))
         with self._executing:
-            (reply,) = self._executor.execute([request])
+            (reply,) = carry_out(self._executor, request)
         if request.command is STAT:
             text = reply[5:].replace(b"type\ton-memory tree\n", b"type\t%s\n" % self._database.encode())
             reply = encode_reply(STAT, Reply(SUCCESS, text))

@@ -13,8 +13,11 @@ import uvloop
 
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.tyrant.address import Address
+from beaker_statestore.tyrant.calls import binary_call
 from beaker_statestore.tyrant.commands import PUTNR, Reply, Request
-from beaker_statestore.tyrant.server import Server
+from beaker_statestore.tyrant.mask import OPEN
+from beaker_statestore.tyrant.server import Server, ServerOptions
+from beaker_statestore.tyrant.verbs import Executor
 from beaker_statestore.tyrant.wire import ReplyDecoder, encode_request
 
 T = TypeVar("T")
@@ -28,20 +31,45 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 }
 
 
+#: All commands may be used.
+UNMASKED = ServerOptions(tcp_mask=OPEN)
+
+
+def carry_out(executor: Executor, *requests: Request) -> list[bytes]:
+    """The binary replies to ``requests``, carried out together; fewer, if not all were carried out.
+
+    One that has no place in a batch is to come alone.
+    """
+    calls = [binary_call(request) for request in requests]
+    if len(requests) == 1:
+        job = executor.apart(requests[0])
+        if job is not None:
+            while not job.step():
+                pass
+            return [calls[0].encode(job.reply)]
+    return executor.execute(calls)
+
+
 class ServerThread:
     """A server on a loop of its own, to be used in a ``with``, which closes the store too."""
 
     def __init__(
-        self, store: LocalStore, *, address: str = "127.0.0.1:0", loop: str = "asyncio", **options: Any
+        self,
+        store: LocalStore,
+        *,
+        address: str = "127.0.0.1:0",
+        loop: str = "asyncio",
+        options: ServerOptions = UNMASKED,
+        **more: Any,
     ) -> None:
-        """:param options: for `Server`."""
+        """:param more: for `Server`."""
         self._store = store
         self._loop = LOOPS[loop]()
         self._defects: list[dict[str, Any]] = []
         self._loop.set_exception_handler(lambda _, context: self._defects.append(context))
         self._thread = threading.Thread(target=self._loop.run_forever, name="server")
         self._thread.start()
-        self._server = Server(store, **options)
+        self._server = Server(store, options=options, **more)
         self._stopped = False
         try:
             self.run(self._server.start([address]))

@@ -45,7 +45,7 @@ from beaker_statestore.tyrant.commands import (
     Reply,
     Request,
 )
-from beaker_statestore.tyrant.server import ServerLimits
+from beaker_statestore.tyrant.server import ServerLimits, ServerOptions
 from beaker_statestore.tyrant.wire import encode_request
 from tests.serving import LOOPS, PATIENCE, RawClient, ServerThread
 
@@ -156,7 +156,8 @@ def test_clients_share_one_iterator() -> None:
 
 MALFORMED = {
     "an unknown command": bytes.fromhex("C899"),
-    "text": b"get k\r\n",
+    "text": b"bogus\r\n",
+    "HTTP where it is off": b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n",
     "a key that is too long": bytes.fromhex("C83010000001"),
     "a negative length": bytes.fromhex("C820FFFFFFFF"),
     "a list whose second element is too long": bytes.fromhex("C831 00000002 00000001 6B 7FFFFFFF"),
@@ -649,7 +650,7 @@ def test_other_machines_are_kept_out_unless_that_is_asked_for(address: str) -> N
 )
 def test_an_address_that_cannot_be_is_named(address: str, culprit: str) -> None:
     with pytest.raises(ConfigurationError, match=culprit):
-        ServerThread(MemoryStore(), address=address, allow_remote=True)
+        ServerThread(MemoryStore(), address=address, options=ServerOptions(allow_remote=True))
 
 
 # -- the end

@@ -29,8 +29,9 @@ from beaker_statestore.tyrant.commands import (
     SCAN,
     Request,
 )
+from beaker_statestore.tyrant.texts import function_name
 
-__all__ = ["DANGEROUS", "OPEN", "Mask"]
+__all__ = ["CLOSED", "OPEN", "Mask"]
 
 #: The name for the operator's own ``ext`` functions.
 FUNCTIONS: Final = "functions"
@@ -52,8 +53,8 @@ _GROUPS: Final[Mapping[str, frozenset[str]]] = {
 #: All that is masked in the end is among these.
 _LEAVES: Final = _GROUPS["all"] | {door.value for door in Door}
 
-#: What is masked for TCP unless somebody says otherwise: what a session store never needs, and an attacker likes.
-DANGEROUS: Final = frozenset({"vanish", "copy", "restore", "setmst", "optimize", FUNCTIONS})
+#: What a session store never needs, and an attacker likes.
+_DANGEROUS: Final = frozenset({"vanish", "copy", "restore", "setmst", "optimize", FUNCTIONS})
 
 #: Commands that do what another does, under another name.
 _SAME: Final[Mapping[str, frozenset[str]]] = {
@@ -111,7 +112,7 @@ class Mask:
     forbidden: frozenset[str]
 
     @classmethod
-    def of(cls, masked: Iterable[str], unmasked: Iterable[str], default: frozenset[str] = frozenset()) -> Mask:
+    def of(cls, masked: Iterable[str], unmasked: Iterable[str], default: Mask) -> Mask:
         """The mask that these names make, whatever their order.
 
         What is said of one command goes before what is said of a group, that before what is said of all, and that
@@ -125,7 +126,7 @@ class Mask:
             frozenset(
                 leaf
                 for leaf in _LEAVES
-                if (closed[leaf] >= opened[leaf] if closed[leaf] or opened[leaf] else leaf in default)
+                if (closed[leaf] >= opened[leaf] if closed[leaf] or opened[leaf] else leaf in default.forbidden)
             )
         )
 
@@ -138,7 +139,10 @@ class Mask:
         return call.request is not None and not self.forbidden.isdisjoint(effects(call.request, call.door))
 
 
+#: Nothing is forbidden.
 OPEN: Final = Mask(frozenset())
+#: What is for TCP unless somebody says otherwise: any program of this machine can come that way.
+CLOSED: Final = Mask(_DANGEROUS)
 
 
 def effects(request: Request, door: Door) -> frozenset[str]:
@@ -146,7 +150,7 @@ def effects(request: Request, door: Door) -> frozenset[str]:
     command, arguments = request
     name = command.name
     if command is MISC:
-        function = arguments[0].partition(b"\0")[0]  # the original reads it as a C string
+        function = function_name(arguments[0])
         removes = b"out" in arguments[1] and function in (b"search", b"metasearch")
         return _MISC.get(function, frozenset()) | {name} | ({"out"} if removes else frozenset())
     if command is EXT:

@@ -7,17 +7,21 @@ Whatever clients do costs bounded time and memory. A connection is not read whil
 on while its replies are not read; it is closed when it leaves a request unfinished, or a reply unread, for too long,
 or when it holds the most memory and all together hold too much. Behind a malformed request nothing is executed. When
 the store cannot tell whether it has carried out a batch, those who are waiting for it are closed without an answer.
+What may take long (see `apart`) has no place in a batch: its connection waits for it alone.
 
-What commands mean is known to `verbs`, what bytes mean to `wire`; nothing here knows the client.
+What commands mean is known to `verbs`, what bytes mean to `protocols`; nothing here knows the client.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+import math
+import socket
+import ssl
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar, cast
 
@@ -25,12 +29,18 @@ from beaker_statestore import observe
 from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.tyrant.address import Address
-from beaker_statestore.tyrant.commands import Body, Request
-from beaker_statestore.tyrant.listening import BACKLOG, listen
-from beaker_statestore.tyrant.verbs import Executor, waits_for_disk
-from beaker_statestore.tyrant.wire import Limits, RequestDecoder
+from beaker_statestore.tyrant.apart import Job
+from beaker_statestore.tyrant.backups import Backups
+from beaker_statestore.tyrant.calls import Call
+from beaker_statestore.tyrant.commands import PUTNR, STORE_FAILED, Body, Reply
+from beaker_statestore.tyrant.http import HTTPPolicy
+from beaker_statestore.tyrant.listening import BACKLOG, SOCKET_MODE, listen
+from beaker_statestore.tyrant.mask import CLOSED, OPEN, Mask
+from beaker_statestore.tyrant.protocols import CallDecoder
+from beaker_statestore.tyrant.verbs import Executor, Function, Reach, report, waits_for_disk
+from beaker_statestore.tyrant.wire import Limits
 
-__all__ = ["Server", "ServerLimits"]
+__all__ = ["Server", "ServerLimits", "ServerOptions"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,39 +55,84 @@ READ_AHEAD: Final = 256 * 1024
 LIGHT: Final = 64 * 1024
 #: How long `Server.stop` lets clients read their last replies, in seconds.
 DRAIN: Final = 3.0
+#: So many scans are under way at a time, each for a step in a turn; others wait.
+SCANS: Final = 4
+#: How long a client that is sent away may go on sending, in seconds: closing at once would take the answer from it
+#: that says why (RFC 9112, section 9.6).
+LINGER: Final = 2.0
+#: A line of the text protocols has so many bytes at most, such as a memcached ``get`` of many keys.
+LONGEST_LINE: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
     """What clients may ask of a server."""
 
-    #: Bytes of one request, one value, and all values of one reply.
+    #: Bytes of one request and of one value.
     message: int = 64 * 1024 * 1024
+    #: Bytes of all values of one reply; so much, and a batch's share of smaller ones, a connection may leave unread.
+    reply: int = 64 * 1024 * 1024
     #: Bytes that all connections together may hold, of half requests and unread replies. One batch comes on top.
     memory: int = 512 * 1024 * 1024
     connections: int = 1000
     #: How long the rest of a request may take to come, and how long nothing of a reply may be read, in seconds.
     patience: float = 30.0
+    #: How long a connection may ask for nothing, in seconds; 0: for ever.
+    idle: float = 0.0
+    #: Keys that one ``fwmkeys``, ``misc regex`` or ``misc range`` may find.
+    keys: int = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Whom a server lets in, and what it lets them do."""
+
+    #: Permit addresses that other machines can reach.
+    allow_remote: bool = False
+    #: The mode of Unix sockets.
+    socket_mode: int = SOCKET_MODE
+    #: For TCP connections; ``None``: in the clear.
+    tls: ssl.SSLContext | None = None
+    #: What clients may not do that come by TCP, where any program of this machine can come from.
+    tcp_mask: Mask = CLOSED
+    #: The same for those who come by a Unix socket.
+    unix_mask: Mask = OPEN
+    #: Whose HTTP requests are answered; ``None``: nobody's.
+    http: HTTPPolicy | None = None
+    #: The operator's ``ext`` functions, by name.
+    functions: Mapping[bytes, Function] = field(default_factory=dict)
+    #: Where ``copy`` writes to; ``None``: nowhere.
+    backups: Backups | None = None
 
 
 class Server:
     """Serves a store, which stays its owner's to close."""
 
-    def __init__(self, store: LocalStore, *, limits: ServerLimits = ServerLimits(), allow_remote: bool = False) -> None:
+    def __init__(
+        self, store: LocalStore, *, limits: ServerLimits = ServerLimits(), options: ServerOptions = ServerOptions()
+    ) -> None:
         self.limits = limits
-        self.wire_limits = Limits(blob=limits.message, message=limits.message)
+        self.options = options
+        self.wire_limits = Limits(blob=limits.message, message=limits.message, line=min(LONGEST_LINE, limits.message))
         #: Where it listens, once it has been started.
         self.addresses: list[Address] = []
-        self._allow_remote = allow_remote
         self._blocking = store.blocking
-        self._executor = Executor(store, limits.message)
+        reach = Reach(limits.message, limits.reply, limits.keys, options.functions, options.backups)
+        self._executor = Executor(store, reach)
+        #: What may not run beside each other on the store does so here, if it waits for the disk.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="statestore")
+        self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="statestore-aside")
+        self._scanning = asyncio.Semaphore(SCANS)
+        self._jobs: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.Server] = []
+        #: Unix sockets that were made here, and go when nobody listens any more.
+        self._paths: list[Path] = []
         self._connections: set[_Connection] = set()
         self._heavy: set[_Connection] = set()
         # Connections whose turn it is, in the order in which they came.
         self._ready: dict[_Connection, None] = {}
         self._turning = False
+        self._idle_timer: asyncio.TimerHandle | None = None
 
     async def start(self, addresses: Iterable[Address | str]) -> None:
         """Listen at ``addresses``; in texts, the port 0 stands for any free one.
@@ -87,40 +142,66 @@ class Server:
         self._loop = asyncio.get_running_loop()
         try:
             for address in addresses:
-                await self._listen(Address.parse(address, lowest_port=0) if isinstance(address, str) else address)
+                parsed = Address.parse(address, lowest_port=0) if isinstance(address, str) else address
+                options = self.options
+                for sock in listen(parsed, allow_remote=options.allow_remote, socket_mode=options.socket_mode):
+                    if parsed.path is not None:
+                        self._paths.append(Path(parsed.path))
+                    await self.serve_on(sock)
         except BaseException:
             await self.stop()
             raise
+        self._look_for_idle()
 
-    async def _listen(self, address: Address) -> None:
-        for sock in listen(address, allow_remote=self._allow_remote):
-            self.addresses.append(Address.of(sock.getsockname()))
-            create = self._loop.create_server if address.path is None else self._loop.create_unix_server
-            self._listeners.append(await create(lambda: _Connection(self), sock=sock, backlog=BACKLOG))
+    async def serve_on(self, sock: socket.socket) -> None:
+        """Accept connections on ``sock``, which listens, and belongs to the server from now on."""
+        self.addresses.append(Address.of(sock.getsockname()))
+        if sock.family == socket.AF_UNIX:
+            listener = await self._loop.create_unix_server(
+                lambda: _Connection(self, self.options.unix_mask), sock=sock, backlog=BACKLOG
+            )
+        else:
+            tls = self.options.tls
+            listener = await self._loop.create_server(
+                lambda: _Connection(self, self.options.tcp_mask),
+                sock=sock,
+                backlog=BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=self.limits.patience if tls is not None else None,
+            )
+        self._listeners.append(listener)
 
     async def stop(self) -> None:
         """Listen no more, carry out and answer what has come, and close all connections, within `DRAIN` seconds."""
         for listener in self._listeners:
             listener.close()
-        for address in self.addresses:
-            if address.path is not None:
-                Path(address.path).unlink(missing_ok=True)
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        _cancel(self._idle_timer)
         for connection in list(self._connections):
             connection.finish()
         deadline = self._loop.time() + DRAIN
         while (self._connections or self._turning) and self._loop.time() < deadline:
             await asyncio.sleep(0.005)
         self._ready.clear()
+        for job in self._jobs:
+            job.cancel()
         for connection in list(self._connections):
             connection.abort("it did not read its last replies")
         await asyncio.sleep(0)  # for the loop to tell them
         self._thread.shutdown()
+        # A copy that is being written has to be complete before the store can be closed.
+        self._aside.shutdown()
 
     async def between(self, job: Callable[[], T]) -> T:
         """The result of ``job``, which uses the store for a short while, where and as batches do."""
         if self._blocking:
             return await self._loop.run_in_executor(self._thread, job)
         return job()
+
+    async def waiting(self, job: Callable[[], T]) -> T:
+        """The result of ``job``, which waits for the disk; batches that do so too wait meanwhile, others do not."""
+        return await self._loop.run_in_executor(self._thread, job)
 
     # -- what connections tell
 
@@ -162,23 +243,24 @@ class Server:
     def _turn(self) -> None:
         """Carry out what has been collected."""
         taken: list[tuple[_Connection, int]] = []
-        requests: list[Request] = []
-        while self._ready and len(requests) < BATCH:
+        calls: list[Call] = []
+        while self._ready and len(calls) < BATCH:
             connection = next(iter(self._ready))
             del self._ready[connection]
-            share = connection.take(min(SHARE, BATCH - len(requests)))
-            taken.append((connection, len(share)))
-            requests += share
-        if not requests:
-            self._settle(taken, requests, [])
-        elif self._blocking or any(map(waits_for_disk, requests)):
-            batch = self._loop.run_in_executor(self._thread, self._executor.execute, requests)
-            batch.add_done_callback(lambda done: self._conclude(taken, requests, done.result))
+            share = connection.take(min(SHARE, BATCH - len(calls)))
+            if not connection.apart:
+                taken.append((connection, len(share)))
+                calls += share
+        if not calls:
+            self._settle(taken, calls, [])
+        elif self._blocking or any(call.request is not None and waits_for_disk(call.request) for call in calls):
+            batch = self._loop.run_in_executor(self._thread, self._executor.execute, calls)
+            batch.add_done_callback(lambda done: self._conclude(taken, calls, done.result))
         else:
-            self._conclude(taken, requests, lambda: self._executor.execute(requests))
+            self._conclude(taken, calls, lambda: self._executor.execute(calls))
 
     def _conclude(
-        self, taken: list[tuple[_Connection, int]], requests: list[Request], replies: Callable[[], list[bytes]]
+        self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: Callable[[], list[bytes]]
     ) -> None:
         """Hand out what ``replies`` answers; where it cannot, leave nobody who asked with an answer."""
         try:
@@ -187,16 +269,16 @@ class Server:
             for connection, count in taken:
                 if count:
                     connection.abort(f"whether its requests were carried out is unknown: {error}")
-            taken, requests, known = [(connection, 0) for connection, count in taken if not count], [], []
-        self._settle(taken, requests, known)
+            taken, calls, known = [(connection, 0) for connection, count in taken if not count], [], []
+        self._settle(taken, calls, known)
 
-    def _settle(self, taken: list[tuple[_Connection, int]], requests: list[Request], replies: list[bytes]) -> None:
-        """Hand out ``replies``, and give back the ``requests`` behind the last one that has been carried out."""
+    def _settle(self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: list[bytes]) -> None:
+        """Hand out ``replies``, and give back the ``calls`` behind the last one that has been carried out."""
         start = 0
         for connection, count in taken:
             end = start + count
             try:
-                connection.settle(replies[start:end], requests[max(start, len(replies)) : end])
+                connection.settle(replies[start:end], calls[max(start, len(replies)) : end])
             except Exception as error:  # noqa: BLE001 - MemoryError, say: the others are to be served all the same
                 connection.abort(f"its replies could not be sent: {error!r}")
             start = end
@@ -204,24 +286,68 @@ class Server:
         if self._turning:
             self._loop.call_soon(self._turn)
 
+    # -- apart from the turns
+
+    def job_of(self, call: Call) -> Job | None:
+        """What ``call`` is, if it must not be part of a batch."""
+        return None if call.request is None else self._executor.apart(call.request)
+
+    def carry_out_apart(self, connection: _Connection, call: Call, job: Job) -> None:
+        """Carry out ``job`` and settle ``call`` with ``connection``."""
+        task = self._loop.create_task(self._carry_out_apart(connection, call, job))
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+
+    async def _carry_out_apart(self, connection: _Connection, call: Call, job: Job) -> None:
+        try:
+            if job.waits:
+                await self._loop.run_in_executor(self._aside, job.step)
+            else:
+                async with self._scanning:
+                    while not await self.between(job.step) and not connection.lost:
+                        await asyncio.sleep(0)
+            reply = Reply(STORE_FAILED) if connection.lost else job.reply
+        except Exception as error:  # noqa: BLE001 - whatever it was, the client gets an answer
+            report(error)
+            reply = Reply(STORE_FAILED)
+        connection.settle([call.encode(reply)], [])
+
+    def _look_for_idle(self) -> None:
+        idle = self.limits.idle
+        if not idle:
+            return
+        latest = self._loop.time() - idle
+        for connection in list(self._connections):
+            if connection.idle_since < latest:
+                connection.abort(f"it has asked for nothing for {idle:g} s")
+        self._idle_timer = self._loop.call_later(idle / 4, self._look_for_idle)
+
 
 class _Connection(asyncio.Protocol):
     """One client: busy from when it has sent something until all that is complete of it has been carried out."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, mask: Mask) -> None:
         self._server = server
+        self._mask = mask
         self._loop = asyncio.get_running_loop()
-        self._decoder = RequestDecoder(server.wire_limits)
+        self._decoder = self._new_decoder()
         self._transport: asyncio.Transport
         self._peer = ""
         self._busy = False
         #: Nothing in the decoder is complete.
         self._drained = True
-        #: Requests that came back from a batch.
-        self._returned: list[Request] = []
+        #: Calls that came back from a batch.
+        self._returned: list[Call] = []
+        #: What comes behind these, and must not be part of a batch.
+        self._next: tuple[Call, Job] | None = None
+        #: It waits for such a job, and has no part in batches.
+        self.apart = False
         #: Nothing more is taken in, and once what has come is answered, it is closed.
         self._ending = False
-        self._lost = False
+        #: It is being sent away with an answer that it may not have read yet.
+        self._lingers = False
+        self.lost = False
+        self._idle_since = self._loop.time()
         self._may_write = True
         #: How much was unread when the timer for it was set.
         self._unread = 0
@@ -231,7 +357,12 @@ class _Connection(asyncio.Protocol):
     @property
     def held(self) -> int:
         """How many bytes are kept for it."""
-        return self._decoder.buffered + (0 if self._lost else self._transport.get_write_buffer_size())
+        return self._decoder.buffered + (0 if self.lost else self._transport.get_write_buffer_size())
+
+    @property
+    def idle_since(self) -> float:
+        """Since when it has asked for nothing, in the loop's time."""
+        return math.inf if self._busy or self._decoder.midway else self._idle_since
 
     # -- what the loop tells
 
@@ -257,7 +388,8 @@ class _Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.finish()
-        return True  # what has been asked before is still answered
+        # What has been asked before is still answered, but TLS knows no connection that is open to one side.
+        return self._transport.get_extra_info("sslcontext") is None
 
     def pause_writing(self) -> None:
         self._may_write = False
@@ -271,44 +403,70 @@ class _Connection(asyncio.Protocol):
             self._server.ready(self)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._lost = self._ending = True
+        self.lost = self._ending = True
         _cancel(self._frame_timer)
         _cancel(self._reply_timer)
         self._server.forget(self)
 
     # -- what the server asks
 
-    def take(self, most: int) -> list[Request]:
-        """The next requests, about so many at most; `settle` follows."""
-        requests, self._returned = self._returned, []
+    def take(self, most: int) -> list[Call]:
+        """The next calls for a batch, about so many at most; `settle` follows.
+
+        If what comes next is to be carried out apart, that begins here, and there are no calls until it is done.
+        """
+        calls, self._returned = self._returned, []
         try:
-            while len(requests) < most:
-                request = self._decoder.next()
-                if request is None:
+            while self._next is None and len(calls) < most:
+                call = self._decoder.next()
+                if call is None:
                     self._drained = True
                     break
-                if request.command.body is Body.STREAM:
-                    raise ProtocolError(f"{request.command.name} is not served here")
-                requests.append(request)
+                call = self._permitted(call)
+                if call.last:
+                    self._take_no_more()
+                job = self._server.job_of(call)
+                if job is None:
+                    calls.append(call)
+                else:
+                    self._next = call, job
         except ProtocolError as error:
             self._reject(error)
-        if requests:
+        if self._next is not None and not calls:
+            self.apart = True
+            self._server.carry_out_apart(self, *self._next)
+            self._next = None
+        if calls or self.apart:
             _cancel(self._frame_timer)
             self._frame_timer = None
-        return requests
+        return calls
 
-    def settle(self, replies: list[bytes], returned: list[Request]) -> None:
-        """Send ``replies``, and keep the requests that have not been carried out for the next turn."""
-        if self._lost:
+    def _permitted(self, call: Call) -> Call:
+        """``call``, or its refusal."""
+        if call.request is not None and call.request.command.body is Body.STREAM:
+            raise ProtocolError(f"{call.request.command.name} is not served here")
+        if not self._mask.forbids(call):
+            return call
+        observe.count("server.requests_forbidden")
+        logger.info("refusing %s what is masked: %s", self._peer, call.request and call.request.command.name)
+        if call.request is not None and call.request.command is PUTNR:
+            raise ProtocolError("putnr is masked, and has no reply that could say so")
+        return call.refused()
+
+    def settle(self, replies: list[bytes], returned: list[Call]) -> None:
+        """Send ``replies``, and keep the calls that have not been carried out for the next turn."""
+        self.apart = False
+        if self.lost:
             return
         self._transport.write(b"".join(replies))
         self._weigh()
         self._returned = returned
-        if returned or not self._drained:
+        if returned or self._next is not None or not self._drained:
             if self._may_write:
                 self._server.ready(self)
             return
         self._busy = False
+        self._idle_since = self._loop.time()
         if self._ending:
             self._hang_up()
             return
@@ -319,6 +477,8 @@ class _Connection(asyncio.Protocol):
     def finish(self) -> None:
         """Take in nothing more, and close once what has come is answered."""
         if self._ending:
+            if self._lingers and not self._busy:
+                self._transport.close()
             return
         self._ending = True
         if self._busy:
@@ -338,17 +498,28 @@ class _Connection(asyncio.Protocol):
     def _reject(self, error: ProtocolError) -> None:
         observe.count("server.requests_malformed")
         logger.info("closing %s: %s", self._peer, error)
-        # What follows is not even looked at.
-        self._decoder = RequestDecoder(self._server.wire_limits)
+        self._take_no_more()
+
+    def _take_no_more(self) -> None:
+        """Not even look at what follows."""
+        self._decoder = self._new_decoder()
         self._drained = True
-        self._ending = True
+        self._ending = self._lingers = True
+
+    def _new_decoder(self) -> CallDecoder:
+        return CallDecoder(self._server.wire_limits, self._server.options.http)
 
     def _weigh(self) -> None:
         if self.held > LIGHT:
             self._server.weigh(self)
 
     def _hang_up(self) -> None:
-        self._transport.close()  # once the replies have gone out, that is
+        if self._lingers and self._transport.can_write_eof():
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            self._loop.call_later(LINGER, self._transport.close)
+        else:
+            self._transport.close()  # once the replies have gone out, that is
         _cancel(self._frame_timer)
         self._watch_replies()
 

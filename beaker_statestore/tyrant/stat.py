@@ -19,12 +19,15 @@ from beaker_statestore import __version__
 #: The protocol that is spoken, and the library version that spoke it first, in the original's numbering.
 PROTOCOL_VERSION: Final = "0.91"
 LIBRARY_VERSION: Final = 324
-#: Which of the original's types of database this one behaves as.
-TYPE: Final = "on-memory tree"
 
 
-def stat_text(records: int, size: int, calls: Mapping[str, int], misses: Mapping[str, int]) -> str:
-    """The figures of a database of so many ``records`` and bytes, and how often each command came and found nothing."""
+def stat_text(
+    kind: str, path: str | None, records: int, size: int, calls: Mapping[str, int], misses: Mapping[str, int]
+) -> str:
+    """The figures of a database of so many ``records`` and bytes, and how often each command came and found nothing.
+
+    :param kind: as which of the original's types of database it behaves.
+    """
     lines = [
         ("version", __version__),
         ("libver", LIBRARY_VERSION),
@@ -33,7 +36,8 @@ def stat_text(records: int, size: int, calls: Mapping[str, int], misses: Mapping
         ("time", f"{time.time():.6f}"),
         ("pid", os.getpid()),
         ("sid", 0),
-        ("type", TYPE),
+        ("type", kind),
+        *((("path", path),) if path is not None else ()),
         ("rnum", records),
         ("size", size),
         ("bigend", int(sys.byteorder == "big")),

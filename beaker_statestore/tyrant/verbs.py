@@ -4,35 +4,39 @@ An `Executor` is given requests and answers the bytes of their replies. It knows
 and no connections.
 
 Where the original's types of database differ, this one is its in-memory tree ``+``: keys in byte order, one value a
-key. Three things are better on purpose: the iterator visits every key, also when each is deleted as it is returned;
-``misc regex`` and ``misc range`` leave the iterator alone; no reply is longer than the executor allows.
+key. An engine may carry out some of them itself (`LocalVerbs.native`), in its own way. Three things are better on
+purpose: the iterator visits every key, also when each is deleted as it is returned; ``misc regex`` and ``misc range``
+leave the iterator alone; no reply is longer than the executor allows.
 
-Not carried out are ``copy``, ``restore``, ``setmst`` and ``repl``, with which any client of the original can run
-programs, write files or turn the server into another's slave, and the functions of table databases. ``ext`` has the
-functions that `swap` and `paging` describe.
+Not carried out are ``restore``, ``setmst`` and ``repl``, with which any client of the original can write without end or
+turn the server into another's slave. ``copy`` writes to one directory only (`backups`). ``ext`` has functions of our
+own, for `swap`, `paging` and memcached's commands, and those of the operator.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, takewhile
 from typing import Any, Final, NamedTuple
 
 from beaker_statestore import observe
 from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError, StateStoreError
-from beaker_statestore.stores.base import LocalStore, LocalVerbs
-from beaker_statestore.tyrant import commands, ere, paging, swap
+from beaker_statestore.stores.base import LocalStore, LocalVerbs, Verbs
+from beaker_statestore.tyrant import commands, paging, swap
+from beaker_statestore.tyrant.apart import Backup, Job, Scan, scan_for
+from beaker_statestore.tyrant.backups import Backups
+from beaker_statestore.tyrant.calls import Call
 from beaker_statestore.tyrant.commands import FAILURE, STORE_FAILED, SUCCESS, Command, Reply, Request
 from beaker_statestore.tyrant.stat import stat_text
-from beaker_statestore.tyrant.wire import decimal_to_float, encode_reply
+from beaker_statestore.tyrant.texts import function_name, number, wrapped
+from beaker_statestore.tyrant.wire import decimal_to_float
 
-__all__ = ["Executor", "waits_for_disk"]
+__all__ = ["BUILT_IN", "Executor", "Function", "Reach", "waits_for_disk"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,27 @@ FAILED: Final = Reply(FAILURE)
 _INT: Final = struct.Struct("=i")
 _DOUBLE: Final = struct.Struct("=d")
 _INT_MIN: Final = -(2**31)
+
+#: An ``ext`` function of the operator's: gets the verbs of the transaction, the key and the value of the request, and
+#: answers the reply's value, or ``None`` for failure. It must have no effect but through the verbs, as it may be called
+#: again (see `LocalStore.apply`).
+Function = Callable[[Verbs, bytes, bytes], bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far requests may go."""
+
+    #: Bytes of one value.
+    value: int = commands.MAX_BLOB
+    #: Bytes of all values of one reply.
+    reply: int = commands.MAX_BLOB
+    #: Keys that one request may look for.
+    keys: int = 100_000
+    #: The operator's functions, by name.
+    functions: Mapping[bytes, Function] = field(default_factory=dict)
+    #: Where copies go; ``None``: there are none.
+    backups: Backups | None = None
 
 
 class Position(NamedTuple):
@@ -66,83 +91,97 @@ class Figures(NamedTuple):
 
 
 class Executor:
-    """Carries out requests on a store, many in one transaction. Not for several threads at once.
+    """Carries out calls on a store, many in one transaction. Not for several threads at once."""
 
-    :param longest: bytes that a value, and all values of one reply together, may have.
-    """
-
-    def __init__(self, store: LocalStore, longest: int) -> None:
+    def __init__(self, store: LocalStore, reach: Reach = Reach()) -> None:
         self._store = store
-        self._longest = longest
+        self._reach = reach
         #: The server has one iterator, shared by all clients.
         self._position: Position | None = None
         self._calls: Counter[Command] = Counter()
         self._misses: Counter[Command] = Counter()
 
-    def execute(self, requests: Sequence[Request]) -> list[bytes]:
-        """Carry out the first of ``requests`` and answer their replies.
+    def execute(self, calls: Sequence[Call]) -> list[bytes]:
+        """Carry out the first of ``calls`` and answer their replies.
 
         Not all of them when the replies become long; the others are to be given again. What the store fails to do is
         answered with `STORE_FAILED`. If all together fail, each is tried by itself, so that one that cannot be done
         (a write, when the disk is full) does not fail its neighbours.
 
         :raises OutcomeUnknown: some may have been carried out, and must not be tried again. Nothing is known about any
-            of ``requests``, and no reply would be true.
+            of ``calls``, and no reply would be true.
         """
         try:
-            return self._attempt(requests)
+            return self._attempt(calls)
         except OutcomeUnknown as error:
-            _report(error)
+            report(error)
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, each client gets an answer
-            _report(error)
+            report(error)
         replies: list[bytes] = []
-        room = min(self._longest, ENOUGH)
-        for request in requests:
+        room = min(self._reach.reply, ENOUGH)
+        for call in calls:
             try:
-                replies += self._attempt([request])
+                replies += self._attempt([call])
             except OutcomeUnknown as error:
-                _report(error)
+                report(error)
                 raise
             except Exception as error:  # noqa: BLE001 - as above
-                _report(error)
-                replies.append(encode_reply(request.command, Reply(STORE_FAILED)))
+                report(error)
+                replies.append(call.encode(Reply(STORE_FAILED)))
             room -= len(replies[-1])
             if room < 0:
                 break
         return replies
 
-    def _attempt(self, requests: Sequence[Request]) -> list[bytes]:
+    def apart(self, request: Request) -> Job | None:
+        """The job that ``request`` is, if it is to be carried out by itself and not by `execute`.
+
+        Only one that the store does not do by itself, in whatever time it takes, is.
+        """
+        if request.command is commands.COPY:
+            self._calls[request.command] += 1
+            return Backup(request.arguments[0], self._store, self._reach.backups)
+        if request.command not in _MAY_SCAN or request.command.name in self._store.native:
+            return None
+        plan = scan_for(request)
+        if plan is None:
+            return None
+        self._calls[request.command] += 1
+        return Scan(plan, self._store, keys=self._reach.keys, longest=self._reach.reply)
+
+    def _attempt(self, calls: Sequence[Call]) -> list[bytes]:
         # An operation must not touch the store but through its verbs, so this is asked before.
-        size = self._store.size() if any(request.command in _TELLS_SIZE for request in requests) else 0
-        figures = Figures(size, self._calls, self._misses)
-        (run,) = self._store.apply([partial(self._run, requests, figures)])
+        wanted = any(call.request is not None and call.request.command in _TELLS_SIZE for call in calls)
+        figures = Figures(self._store.size() if wanted else 0, self._calls, self._misses)
+        (run,) = self._store.apply([partial(self._run, calls, figures)])
         self._position = run.position
-        self._calls.update(request.command for request in requests[: len(run.replies)])
+        self._calls.update(run.counted)
         self._misses.update(run.misses)
         if run.awaiting_sync:
-            self._sync(requests, run)
+            self._sync(calls, run)
         return run.replies
 
-    def _run(self, requests: Sequence[Request], figures: Figures, records: LocalVerbs) -> Run:
-        run = Run(records, self._position, self._longest, figures)
-        room = min(self._longest, ENOUGH)
-        for request in requests:
-            room -= run.answer(request)
+    def _run(self, calls: Sequence[Call], figures: Figures, records: LocalVerbs) -> Run:
+        run = Run(records, self._position, self._reach, figures, self._store)
+        room = min(self._reach.reply, ENOUGH)
+        for call in calls:
+            room -= run.answer(call)
             if room < 0:
                 break
         return run
 
-    def _sync(self, requests: Sequence[Request], run: Run) -> None:
+    def _sync(self, calls: Sequence[Call], run: Run) -> None:
         try:
             self._store.sync()
         except Exception as error:  # noqa: BLE001 - the transaction stands, only its durability is in doubt
-            _report(error)
+            report(error)
             for place in run.awaiting_sync:
-                run.replies[place] = encode_reply(requests[place].command, Reply(STORE_FAILED))
+                run.replies[place] = calls[place].encode(Reply(STORE_FAILED))
 
 
-def _report(error: Exception) -> None:
+def report(error: Exception) -> None:
+    """Count and log that the store failed."""
     observe.count("server.store_failed")
     # Our own errors say what is wrong; anything else is a defect, and its place is wanted.
     logger.error("the store failed: %s", error, exc_info=None if isinstance(error, StateStoreError) else error)
@@ -151,7 +190,7 @@ def _report(error: Exception) -> None:
 def waits_for_disk(request: Request) -> bool:
     """Whether ``request`` waits for the disk even on a store that otherwise does not."""
     return request.command is commands.SYNC or (
-        request.command is commands.MISC and _function_name(request.arguments[0]) == b"sync"
+        request.command is commands.MISC and function_name(request.arguments[0]) == b"sync"
     )
 
 
@@ -166,28 +205,45 @@ class Run:
     may run them again from the start.
     """
 
-    def __init__(self, records: LocalVerbs, position: Position | None, longest: int, figures: Figures) -> None:
+    def __init__(
+        self, records: LocalVerbs, position: Position | None, reach: Reach, figures: Figures, store: LocalStore
+    ) -> None:
+        """:param store: only to tell what it is."""
         self.records = records
         self.position = position
         self.replies: list[bytes] = []
         #: Which of the replies are true only once the store has been synchronised.
         self.awaiting_sync: list[int] = []
+        #: What was asked for, for ``stat``, and what of it failed.
+        self.counted: list[Command] = []
         self.misses: list[Command] = []
-        self._longest = longest
+        self._reach = reach
         self._figures = figures
+        self._store = store
 
-    def answer(self, request: Request) -> int:
-        """Carry out ``request``, keep its reply, and answer how long that is."""
-        command, arguments = request
-        try:
-            reply = _COMMANDS[command](self, *arguments)
-        except _TooLongError:
-            reply = Reply(STORE_FAILED)
-        if reply.status != SUCCESS:
-            self.misses.append(command)
-        encoded = encode_reply(command, reply)
+    def answer(self, call: Call) -> int:
+        """Carry out ``call``, keep its reply, and answer how long that is."""
+        reply = OK if call.request is None else self._carry_out(call.request)
+        encoded = call.encode(reply)
         self.replies.append(encoded)
         return len(encoded)
+
+    def _carry_out(self, request: Request) -> Reply:
+        command, arguments = request
+        native = self.records.native.get(command.name)
+        try:
+            if native is None:
+                reply = _COMMANDS[command](self, *arguments)
+            else:
+                value = native(*arguments)
+                reply = FAILED if value is None else Reply(SUCCESS, value)
+        except _TooLongError:
+            reply = Reply(STORE_FAILED)
+        counted = _COUNTED_AS.get(arguments[0], command) if command is commands.EXT else command
+        self.counted.append(counted)
+        if reply.status != SUCCESS:
+            self.misses.append(counted)
+        return reply
 
     # -- single records
 
@@ -209,7 +265,7 @@ class Run:
         return self._put_grown(key, joined[max(len(joined) - width, 0) :])
 
     def _put_grown(self, key: bytes, value: bytes) -> Reply:
-        return self.put(key, value) if len(value) <= self._longest else FAILED
+        return self.put(key, value) if len(value) <= self._reach.value else FAILED
 
     def out(self, key: bytes) -> Reply:
         return OK if self.records.delete(key) else FAILED
@@ -246,7 +302,7 @@ class Run:
     # -- many records
 
     def _gather(self, pieces: Iterable[bytes]) -> list[bytes]:
-        room = self._longest
+        room = self._reach.reply
         gathered = []
         for piece in pieces:
             room -= len(piece)
@@ -266,10 +322,6 @@ class Run:
     def mget(self, keys: list[bytes]) -> Reply:
         found = self._gather_records(keys)
         return Reply(SUCCESS, list(zip(found[::2], found[1::2], strict=True)))
-
-    def fwmkeys(self, prefix: bytes, maximum: int) -> Reply:
-        keys = takewhile(lambda key: key.startswith(prefix), self.records.ordered_keys(prefix))
-        return Reply(SUCCESS, self._gather(_at_most(maximum, keys)))
 
     def iterinit(self, start: bytes = b"") -> Reply:
         self.position = Position(start, behind=False)
@@ -304,7 +356,9 @@ class Run:
             "out": missed[commands.OUT],
             "get": missed[commands.GET],
         }
-        return Reply(SUCCESS, stat_text(self.records.count(), size, calls, misses).encode())
+        return Reply(
+            SUCCESS, stat_text(self._store.kind, self._store.path, self.records.count(), size, calls, misses).encode()
+        )
 
     def sync(self) -> Reply:
         self.awaiting_sync.append(len(self.replies))
@@ -319,11 +373,40 @@ class Run:
     # -- ext
 
     def ext(self, name: bytes, key: bytes, value: bytes, options: int) -> Reply:
-        function: Callable[[Run, bytes, bytes], Reply] = _EXTENSIONS.get(name, Run.refuse)
-        return function(self, key, value)
+        built_in = _EXTENSIONS.get(name)
+        if built_in is not None:
+            return built_in(self, key, value)
+        function = self._reach.functions.get(name)
+        result = None if function is None else function(self.records, key, value)
+        return FAILED if result is None else Reply(SUCCESS, bytes(result))
 
     def probe(self, key: bytes, value: bytes) -> Reply:
-        return Reply(SUCCESS, b" ".join(_EXTENSIONS))
+        return Reply(SUCCESS, b" ".join([*_EXTENSIONS, *self._reach.functions]))
+
+    def replace(self, key: bytes, value: bytes) -> Reply:
+        return self._changed(key, lambda _stored: value)
+
+    def append(self, key: bytes, value: bytes) -> Reply:
+        return self._changed(key, lambda stored: stored + value)
+
+    def prepend(self, key: bytes, value: bytes) -> Reply:
+        return self._changed(key, lambda stored: value + stored)
+
+    def incr(self, key: bytes, amount: bytes) -> Reply:
+        return self._changed(key, lambda stored: _sum(stored, number(amount)))
+
+    def decr(self, key: bytes, amount: bytes) -> Reply:
+        return self._changed(key, lambda stored: _sum(stored, -number(amount)))
+
+    def _changed(self, key: bytes, change: Callable[[bytes], bytes]) -> Reply:
+        stored = self.records.get(key)
+        if stored is None:
+            return FAILED
+        value = change(stored)
+        if len(value) > self._reach.value:
+            raise _TooLongError
+        self.records.put(key, value)
+        return Reply(SUCCESS, value)
 
     def compare_and_swap(self, key: bytes, packed: bytes) -> Reply:
         try:
@@ -344,7 +427,7 @@ class Run:
     # -- misc: arguments in, results or None for failure out
 
     def misc(self, name: bytes, arguments: list[bytes], options: int) -> Reply:
-        least, function = _FUNCTIONS.get(_function_name(name), (0, Run.refuse_function))
+        least, function = _FUNCTIONS.get(function_name(name), (0, Run.refuse_function))
         results = function(self, arguments) if len(arguments) >= least else None
         return FAILED if results is None else Reply(SUCCESS, results)
 
@@ -357,8 +440,8 @@ class Run:
 
     def misc_getpart(self, arguments: list[bytes]) -> list[bytes] | None:
         value = self.records.get(arguments[0])
-        offset = max(_integer(arguments[1]), 0) if len(arguments) > 1 else 0
-        length = _integer(arguments[2]) if len(arguments) > 2 else -1
+        offset = max(number(arguments[1]), 0) if len(arguments) > 1 else 0
+        length = number(arguments[2]) if len(arguments) > 2 else -1
         if value is None or offset >= len(value):
             return None
         return [value[offset:] if length < 0 else value[offset : offset + length]]
@@ -379,41 +462,10 @@ class Run:
         reply = self.iternext()
         return list(self._record(reply.value)) if reply.status == SUCCESS else None
 
-    def misc_regex(self, arguments: list[bytes]) -> list[bytes] | None:
-        source = arguments[0]
-        ignore_case = source.startswith(b"*")
-        try:
-            pattern = ere.Pattern(source[1:] if ignore_case else source, ignore_case=ignore_case)
-        except ere.PatternError:
-            return None
-        matching = filter(pattern.found_in, self.records.ordered_keys())
-        return self._gather_records(_at_most(_maximum(arguments), matching))
 
-    def misc_range(self, arguments: list[bytes]) -> list[bytes] | None:
-        keys = self.records.ordered_keys(arguments[0] if arguments else b"")
-        if len(arguments) > 2:
-            keys = takewhile(lambda key: key < arguments[2], keys)
-        return self._gather_records(_at_most(_maximum(arguments), keys))
-
-
-def _at_most(maximum: int, keys: Iterator[bytes]) -> Iterator[bytes]:
-    return keys if maximum < 0 else islice(keys, maximum)
-
-
-def _maximum(arguments: list[bytes]) -> int:
-    """The second argument of ``regex`` and ``range``, where absent and below 1 stand for no limit."""
-    number = _integer(arguments[1]) if len(arguments) > 1 else 0
-    return number if number >= 1 else -1
-
-
-def _integer(text: bytes) -> int:
-    """``text`` as the original reads numbers: what follows the digits is ignored, no digits are 0."""
-    match = re.match(rb"\s*([+-]?[0-9]{1,18})", text)
-    return int(match[1]) if match else 0
-
-
-def _function_name(name: bytes) -> bytes:
-    return name.partition(b"\0")[0]  # the original reads it as a C string
+def _sum(stored: bytes, amount: int) -> bytes:
+    """memcached's sums, as decimal text; the original's wrap at 64 bits, and none is below 0."""
+    return b"%d" % max(wrapped(number(stored) + amount), 0)
 
 
 def _as_command(command: Callable[..., Reply], takes: int = 0) -> Callable[[Run, list[bytes]], list[bytes] | None]:
@@ -437,14 +489,12 @@ _COMMANDS: Final[dict[Command, Callable[..., Reply]]] = {
     commands.VSIZ: Run.vsiz,
     commands.ITERINIT: Run.iterinit,
     commands.ITERNEXT: Run.iternext,
-    commands.FWMKEYS: Run.fwmkeys,
     commands.ADDINT: Run.addint,
     commands.ADDDOUBLE: Run.adddouble,
     commands.EXT: Run.ext,
     commands.SYNC: Run.sync,
     commands.OPTIMIZE: Run.optimize,
     commands.VANISH: Run.vanish,
-    commands.COPY: Run.refuse,
     commands.RESTORE: Run.refuse,
     commands.SETMST: Run.refuse,
     commands.RNUM: Run.rnum,
@@ -466,8 +516,6 @@ _FUNCTIONS: Final[dict[bytes, tuple[int, Callable[[Run, list[bytes]], list[bytes
     b"getlist": (0, Run.misc_getlist),
     b"iterinit": (0, _as_command(Run.iterinit, 1)),
     b"iternext": (0, Run.misc_iternext),
-    b"regex": (1, Run.misc_regex),
-    b"range": (0, Run.misc_range),
     b"sync": (0, _as_command(Run.sync)),
     b"optimize": (0, _as_command(Run.optimize, 1)),
     b"vanish": (0, _as_command(Run.vanish)),
@@ -477,7 +525,25 @@ _EXTENSIONS: Final[dict[bytes, Callable[[Run, bytes, bytes], Reply]]] = {
     commands.PROBE: Run.probe,
     commands.CAS: Run.compare_and_swap,
     commands.SCAN: Run.scan,
+    commands.REPLACE: Run.replace,
+    commands.APPEND: Run.append,
+    commands.PREPEND: Run.prepend,
+    commands.INCR: Run.incr,
+    commands.DECR: Run.decr,
 }
 
+#: Their names; the operator's functions have others.
+BUILT_IN: Final = frozenset(_EXTENSIONS)
+
+#: memcached's commands count as the binary ones that are most like them.
+_COUNTED_AS: Final = {
+    commands.REPLACE: commands.PUT,
+    commands.APPEND: commands.PUTCAT,
+    commands.PREPEND: commands.PUTCAT,
+    commands.INCR: commands.ADDINT,
+    commands.DECR: commands.ADDINT,
+}
+
+_MAY_SCAN: Final = frozenset({commands.FWMKEYS, commands.MISC})
 _TELLS_SIZE: Final = frozenset({commands.SIZE, commands.STAT})
 _PUTS: Final = (commands.PUT, commands.PUTKEEP, commands.PUTCAT, commands.PUTSHL)

@@ -1,0 +1,161 @@
+"""A Tyrant server as a process that runs for years: its signals, its log, its sweeps and syncs. Knows no options."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import logging.handlers
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from beaker_statestore.stores.base import LocalStore
+from beaker_statestore.sweeper import BATCH, Sweeper
+from beaker_statestore.tyrant.listening import inherited
+from beaker_statestore.tyrant.server import Server
+
+__all__ = ["INHERITED", "SWEEP_LARGEST", "Service", "log_to"]
+
+logger = logging.getLogger(__name__)
+
+#: Among the addresses, stands for the sockets that systemd has opened.
+INHERITED: Final = "systemd"
+
+#: The part of the time that sweeping may take while it is under way, and how long clients may have to wait for one
+#: step of it, in seconds. A commit alone may take a third of a millisecond, and steps that do little else would last
+#: for hours; where each waits for the disk, smaller ones would not be sooner done.
+_SWEEP_SHARE: Final = 0.05
+_SWEEP_STEP: Final = 0.001
+_SWEEP_STEP_ON_DISK: Final = 0.02
+#: Values above this many bytes are not looked into, as reading one would hold up all clients. A document of ours has a
+#: megabyte at most, and a third more encrypted, unless the application's ``max_value`` says otherwise.
+SWEEP_LARGEST: Final = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server over a store, and what is done for the store besides."""
+
+    server: Server
+    store: LocalStore
+    #: Seconds between sweeps; 0: never.
+    sweep_interval: float
+    #: Seconds between syncs; ``None``: none, the store needs none.
+    sync_interval: float | None
+
+    def run(self, addresses: Sequence[str], started: Callable[[], None]) -> None:
+        """Serve at ``addresses`` until SIGTERM or SIGINT, on the quickest event loop that is installed.
+
+        :param started: called once clients are let in.
+        :raises ConfigurationError: an address cannot be listened at.
+        """
+        _run(self._serve(addresses, started))
+
+    async def _serve(self, addresses: Sequence[str], started: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        stopped = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(signal.SIGHUP, _reopen_logs)
+        await self.server.start([address for address in addresses if address != INHERITED])
+        if INHERITED in addresses:
+            await self._serve_on_inherited()
+        started()
+        _notify(b"READY=1")
+        tasks = []
+        if self.sweep_interval:
+            tasks.append(asyncio.create_task(self._sweep_for_ever(), name="sweeping"))
+        if self.sync_interval is not None:
+            tasks.append(asyncio.create_task(self._sync_for_ever(self.sync_interval), name="syncing"))
+        await stopped.wait()
+        _notify(b"STOPPING=1")
+        for task in tasks:
+            task.cancel()
+        for task, ended in zip(tasks, await asyncio.gather(*tasks, return_exceptions=True), strict=True):
+            if isinstance(ended, Exception):
+                logger.warning("%s had ended: %r", task.get_name(), ended)
+        await self.server.stop()
+
+    async def _sync_for_ever(self, interval: float) -> None:
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                await self.server.waiting(self.store.sync)
+            except Exception as error:  # noqa: BLE001 - the next one may do it; until then, more can be lost
+                logger.error("a sync failed, so a crash can lose more than the last %g s: %s", interval, error)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            sweeper = Sweeper(self.store, prefix=None, largest=SWEEP_LARGEST)
+            try:
+                await self._sweep(sweeper, _SWEEP_STEP_ON_DISK if self.store.blocking else _SWEEP_STEP)
+            except Exception as error:  # noqa: BLE001 - whatever it was, clients are served, and the next one may do it
+                logger.warning("a sweep broke off: %r", error)
+            found = sweeper.sweep
+            if found.removed or found.unreadable:
+                logger.info(
+                    "a sweep has removed %d of %d records; %d were too large or no documents of ours",
+                    found.removed,
+                    found.seen,
+                    found.unreadable,
+                )
+            await asyncio.sleep(self.sweep_interval)
+
+    async def _sweep(self, sweeper: Sweeper, step: float) -> None:
+        """Sweep with pauses, in steps of so many records as take ``step`` seconds."""
+        batch = 1
+        while not sweeper.done:
+            began = time.perf_counter()
+            await self.server.between(partial(sweeper.step, batch))
+            took = time.perf_counter() - began
+            batch = max(1, min(BATCH, 2 * batch, int(batch * step / took)))
+            await asyncio.sleep(took * (1 / _SWEEP_SHARE - 1))
+
+    async def _serve_on_inherited(self) -> None:
+        sockets = inherited(allow_remote=self.server.options.allow_remote)
+        if not sockets:
+            logger.warning("systemd has given this process no sockets (LISTEN_FDS)")
+        for sock in sockets:
+            await self.server.serve_on(sock)
+
+
+def log_to(path: str | None, level: int) -> None:
+    """Log from now on to the file ``path``, or to standard error, what is of ``level`` or above.
+
+    The file is opened anew when it has been moved away: with the next line, or upon SIGHUP.
+
+    :raises OSError: the file cannot be written.
+    """
+    handler = logging.StreamHandler() if path is None else logging.handlers.WatchedFileHandler(path)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[handler])
+
+
+def _reopen_logs() -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.handlers.WatchedFileHandler):
+            handler.reopenIfNeeded()
+    logger.info("the log goes on after SIGHUP")
+
+
+def _notify(state: bytes) -> None:
+    """Tell systemd, if it wants to know (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            sock.send(state)
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)

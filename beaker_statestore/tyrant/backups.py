@@ -1,0 +1,72 @@
+"""``copy``: backups of a store in one directory, and nowhere else.
+
+The original writes a copy wherever a client says, over the database itself too, and runs the name as a program if it
+begins with ``@``. Here a client gives the name of a new file in a directory that the operator has chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from beaker_statestore.exceptions import ConfigurationError, StoreUnavailable
+from beaker_statestore.stores.base import LocalStore
+
+__all__ = ["Backups"]
+
+#: No separators, nothing hidden, nothing that a shell would see more in than a name.
+_NAME: Final = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}")
+
+
+class Backups:
+    """A directory for copies of a store. A copy gets its name when it is complete and on the disk."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """
+        :raises ConfigurationError: there is no such directory, or files cannot be made in it.
+        """
+        self.directory = Path(directory).resolve()
+        if not self.directory.is_dir():
+            raise ConfigurationError(f"there is no directory {self.directory} for backups; make it first")
+        if not os.access(self.directory, os.W_OK | os.X_OK):
+            raise ConfigurationError(f"this process (user id {os.geteuid()}) may not make files in {self.directory}")
+        # What a server has left that was killed while it wrote one.
+        for unfinished in self.directory.glob(".*.unfinished"):
+            unfinished.unlink(missing_ok=True)
+
+    def write(self, name: bytes, store: LocalStore) -> Path:
+        """Copy ``store`` to a new file called ``name``, and answer its path.
+
+        :raises ConfigurationError: it is no plain name, or taken; or the store keeps no files.
+        :raises StoreUnavailable: the copy failed; nothing is left of it.
+        """
+        if not _NAME.fullmatch(name):
+            shown = name[:200].decode(errors="backslashreplace")
+            raise ConfigurationError(
+                f"{shown!r} is not the name of a backup: letters, digits and _.+=- , no directory, as in monday.lmdb"
+            )
+        path = self.directory / name.decode()
+        unfinished = self.directory / f".{path.name}.unfinished"
+        try:
+            store.backup(str(unfinished))
+            # Not renamed: that would replace what has come to be there meanwhile.
+            os.link(unfinished, path, follow_symlinks=False)
+            self._sync_directory()
+        except FileExistsError:
+            raise ConfigurationError(f"there is a {path} already; give the backup another name") from None
+        except OSError as error:
+            raise StoreUnavailable(f"the backup {path} failed: {error.strerror}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+        return path
+
+    def _sync_directory(self) -> None:
+        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
