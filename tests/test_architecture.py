@@ -21,23 +21,36 @@ PACKAGE = "beaker_statestore"
 LAYERS = [
     [["exceptions"], ["observe"], ["ports"]],
     [
-        ["tyrant", "tyrant.commands", "tyrant.wire"],
+        [
+            "tyrant",
+            "tyrant.commands",
+            "tyrant.wire",
+            "tyrant.calls",
+            "tyrant.memcached",
+            "tyrant.http",
+            "tyrant.protocols",
+            "tyrant.texts",
+            "tyrant.ere",
+            "tyrant.mask",
+        ],
         ["tyrant.swap"],
         ["tyrant.paging"],
         ["tyrant.original"],
         ["tyrant.address"],
-        ["tyrant.ere"],
+        ["tyrant.tls"],
         ["tyrant.stat"],
         ["documents", "tagged", "payloads"],
         ["sealing"],
         ["keys", "settings"],
     ],
-    [["stores.base"], ["stores.urls"]],
+    [["stores.base"], ["stores.urls"], ["stores.tokyocabinet"]],
     [
         ["stores.memory"],
         ["stores.lmdbpages", "stores.lmdbfile", "stores.lmdb"],
-        ["tyrant.client"],
-        ["tyrant.verbs"],
+        ["stores.cabinetfile", "stores.cabinet"],
+        ["tyrant.transport", "tyrant.client"],
+        ["tyrant.encrypted"],
+        ["tyrant.backups", "tyrant.apart", "tyrant.verbs"],
         ["tyrant.listening"],
         ["locks"],
         ["sweeper"],
@@ -45,7 +58,7 @@ LAYERS = [
     [["stores.tyrant"], ["tyrant.pytyrant"], ["tyrant.server"], ["stores"]],
     [["codec", "sessionindex", "sessionrecord", "sessions", "namespace", "router", "websession"]],
     [["testing.processes", "testing.conformance", "testing.faults", "testing"], ["console"]],
-    [["serve"], ["records"], ["sweep"], ["reseal"], ["who"]],
+    [["extensions", "service", "serve"], ["records"], ["sweep"], ["reseal"], ["who"]],
     [["cli", "__main__"]],
 ]
 PLACES = {
@@ -123,11 +136,11 @@ def test_frameworks_stay_in_their_rooms(framework: str) -> None:
 def test_importing_the_package_loads_no_driver_and_no_framework() -> None:
     code = f"import sys, {PACKAGE}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    heavy = {"beaker", "webob", "salmon", "lmdb", "click", "rich", "orjson", "uvloop", "simplejson", "asyncio"}
+    heavy = {"beaker", "webob", "salmon", "lmdb", "cffi", "click", "rich", "orjson", "uvloop", "simplejson", "asyncio"}
     assert not heavy & set(loaded.stdout.split())
 
 
 def test_nothing_of_ours_empties_a_server() -> None:
     """Others may share it. The command is spoken and served, and offered to users of pytyrant's interface."""
-    for module in PLACES.keys() - {"tyrant.commands", "tyrant.verbs", "tyrant.pytyrant"}:
+    for module in PLACES.keys() - {"tyrant.commands", "tyrant.verbs", "tyrant.pytyrant", "tyrant.memcached"}:
         assert "VANISH" not in MODULES[module].read_text(), module

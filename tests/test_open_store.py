@@ -196,7 +196,7 @@ def test_a_fork_amid_a_transaction_copies_none_of_its_half() -> None:
         ("lmbd:///x", "did you mean 'lmdb'"),
         ("mem:", "unknown scheme 'mem'"),
         ("tyrnat://localhost", "did you mean 'tyrant'"),
-        ("cabinet:///x.tcb", "this version knows lmdb, memory, tyrant, unix"),
+        ("rocksdb:///x", "this version knows cabinet, lmdb, memory, tyrant, tyrants, unix"),
         ("redis://localhost", "this version knows"),
         ("lmdb://var/lib/state.lmdb", "three slashes"),
         ("lmdb:", "names no file"),
@@ -218,8 +218,10 @@ def test_a_url_that_means_nothing_is_explained(url: str, said: str) -> None:
 
 def test_leaving_out_tls_is_never_suggested() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        open_store("tyrants://localhost:1978")
+        open_store("lmdbs://localhost:1978")
     assert "did you mean" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="did you mean 'tyrants'"):
+        open_store("tyrnats://localhost:1978")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_a_missing_driver_is_named_with_the_line_to_type(tmp_path: Path, monkeyp
 
 
 def test_every_scheme_leads_to_a_class() -> None:
-    assert set(SCHEMES) == {"lmdb", "memory", "tyrant", "unix"}
+    assert set(SCHEMES) == {"cabinet", "lmdb", "memory", "tyrant", "tyrants", "unix"}
 
 
 # -- the server helper, which all of the project's end-to-end tests rest on

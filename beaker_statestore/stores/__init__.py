@@ -20,9 +20,11 @@ __all__ = ["SCHEMES", "open_store"]
 
 #: Scheme -> the class that serves it, as "module:name"; it has ``from_url``, as `open_store` calls it.
 SCHEMES: Final[dict[str, str]] = {
+    "cabinet": "beaker_statestore.stores.cabinet:CabinetStore",
     "lmdb": "beaker_statestore.stores.lmdb:LMDBStore",
     "memory": "beaker_statestore.stores.memory:MemoryStore",
     "tyrant": "beaker_statestore.stores.tyrant:TyrantStore",
+    "tyrants": "beaker_statestore.stores.tyrant:TyrantStore",
     "unix": "beaker_statestore.stores.tyrant:TyrantStore",
 }
 
@@ -49,8 +51,12 @@ def open_store(
     ========================================  ======================================================================
     ``127.0.0.1:1978``, ``localhost``,        a Tyrant server; the port is 1978 when it is left out
     ``tyrant://host:port``, ``[::1]:1978``
+    ``tyrants://host:port?ca=/path``          a Tyrant server behind TLS, whose certificate is always verified; options:
+                                              see `beaker_statestore.stores.tyrant.TyrantStore.from_url`
     ``unix:/path/to/socket``                  a Tyrant server on a Unix socket
     ``lmdb:///path/to/file``                  an LMDB file; options: see `beaker_statestore.stores.lmdb`
+    ``cabinet:///path/to/file.tch``           a Tokyo Cabinet file, ``.tch`` or ``.tcb``; options and tuning: see
+                                              `beaker_statestore.stores.cabinet`
     ``memory:``, ``memory:name``              this process's memory; each name is a store of its own
     ========================================  ======================================================================
 
@@ -90,7 +96,7 @@ def _store_class(url: str) -> Any:
     if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         raise ConfigurationError(
             f"{redacted(url)!r} is not the URL of a store; write host:port, or one of "
-            "tyrant://host:port, unix:/path/to/socket, lmdb:///path/to/file, memory:"
+            "tyrant://host:port, unix:/path/to/socket, lmdb:///path/to/file, cabinet:///path/to/file.tch, memory:"
         )
     target = SCHEMES.get(scheme.lower())
     if target is None:
