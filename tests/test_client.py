@@ -33,6 +33,7 @@ from beaker_statestore.tyrant.commands import (
     COMMANDS,
     EXT,
     FAILURE,
+    FORBIDDEN,
     FWMKEYS,
     GET,
     MGET,
@@ -435,7 +436,13 @@ def test_bytes_sent_to_an_idle_connection_end_it(peer: Peer) -> None:
     assert peer.connections == 2
 
 
-@pytest.mark.parametrize("status", [b"\3", b"1", b"\xff"])
+def test_what_the_server_forbids_is_said_and_is_no_absence(peer: Peer) -> None:
+    peer.script = lambda *_: bytes([FORBIDDEN])
+    with client_of(peer) as client, pytest.raises(ConfigurationError, match=r"does not let its clients do get.*--mask"):
+        client.call(GET(b"k"))
+
+
+@pytest.mark.parametrize("status", [b"\4", b"1", b"\xff"])
 def test_a_status_that_there_is_not_is_no_absence(peer: Peer, status: bytes) -> None:
     """A client that took text for replies has been seen to report statuses such as 49."""
     peer.script = lambda *_: status

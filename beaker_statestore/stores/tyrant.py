@@ -56,6 +56,7 @@ from beaker_statestore.tyrant.commands import (
     Reply,
     Request,
 )
+from beaker_statestore.tyrant.tls import TLS, client_context
 
 __all__ = ["NotAtomicWarning", "TyrantStore"]
 
@@ -74,6 +75,10 @@ LONGEST_PAGE: Final = 10_000
 
 #: Types of database, as ``stat`` names them, that change the values they are given, and do not say so.
 _UNFIT: Final = frozenset({"fixed-length", "table"})
+
+
+_TLS_SCHEME: Final = "tyrants://"
+_TLS_OPTIONS: Final = ("ca", "cert", "key", "server_name")
 
 
 class NotAtomicWarning(UserWarning):
@@ -105,20 +110,26 @@ class TyrantStore(Store):
     ) -> TyrantStore:
         """The store that ``url`` names. No connection is made yet.
 
-        :param url: ``host``, ``host:port``, ``tyrant://host:port`` or ``unix:/path``. ``?timeout=3`` and the like,
-            joined by ``&``, count instead of the parameters of the same names.
+        :param url: ``host``, ``host:port``, ``tyrant://host:port``, ``tyrants://host:port`` (TLS) or ``unix:/path``.
+            ``?timeout=3`` and the like, joined by ``&``, count instead of the parameters of the same names. Those of
+            TLS: ``ca`` (a file of certificates to trust; by default those that the system trusts), ``cert`` and
+            ``key`` (files of the client's own), ``server_name`` (what the server's certificate is for, if not the
+            host). The files are read now.
         :param connect_timeout: how long opening a connection may take, in seconds.
         :param timeout: how long one call may take in all, in seconds.
         :param pool_size: the most connections to open.
         :param atomic: whether to refuse an original ttserver without ``statestore.lua``. If not, its records are read,
             compared and overwritten in steps, so that simultaneous changes overwrite each other. Wherever the server
             can compare and swap, this makes no difference.
-        :raises ConfigurationError: the URL or a number in it is wrong.
+        :raises ConfigurationError: the URL, or a number or a file in it, is wrong.
         """
-        address = Address.parse(url.partition("?")[0])
-        given = options(url, ("connect_timeout", "timeout", "pool_size"))
+        encrypted = url.lower().startswith(_TLS_SCHEME)
+        where = f"tyrant://{url[len(_TLS_SCHEME) :]}" if encrypted else url
+        address = Address.parse(where.partition("?")[0])
+        given = options(url, ("connect_timeout", "timeout", "pool_size", *_TLS_OPTIONS))
         pool = Pool(
             address,
+            tls=_tls(address, given, encrypted=encrypted),
             size=_number(given, "pool_size", int, pool_size),
             connect_timeout=_number(given, "connect_timeout", float, connect_timeout),
         )
@@ -354,6 +365,23 @@ def _batches(items: Iterable[T]) -> Iterable[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, BATCH)):
         yield batch
+
+
+def _tls(address: Address, given: Mapping[str, str], *, encrypted: bool) -> TLS | None:
+    for name in _TLS_OPTIONS:
+        if name in given and not encrypted:
+            raise ConfigurationError(
+                f"{name}= is for TLS, and the URL says to do without it: write {_TLS_SCHEME}{address}?{name}=..."
+            )
+        if given.get(name) == "":
+            raise ConfigurationError(f"{name}= is empty in the URL of a Tyrant server: give it a value or leave it out")
+    if not encrypted:
+        return None
+    tls = TLS(
+        client_context(ca=given.get("ca"), cert=given.get("cert"), key=given.get("key")), given.get("server_name")
+    )
+    tls.channel(address.host)  # a name that cannot be is found out now
+    return tls
 
 
 def _number(given: Mapping[str, str], name: str, kind: Callable[[str], N], default: N) -> N:

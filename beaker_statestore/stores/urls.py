@@ -42,7 +42,8 @@ def options(url: str, known: Collection[str]) -> dict[str, str]:
     :raises ConfigurationError: one is not among ``known``, or is there twice.
     """
     found: dict[str, str] = {}
-    for name, value in parse_qsl(split(url).query, keep_blank_values=True):
+    # A plus stands for itself, as it does in the rest of a URL: only forms mean a space by it.
+    for name, value in parse_qsl(split(url).query.replace("+", "%2B"), keep_blank_values=True):
         if name not in known:
             names = ", ".join(sorted(known)) or "none"
             raise ConfigurationError(f"unknown option {name!r} in {redacted(url)}; the options here are: {names}")

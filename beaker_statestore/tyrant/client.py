@@ -12,7 +12,6 @@ import contextlib
 import math
 import os
 import random
-import select
 import socket
 import threading
 import time
@@ -32,6 +31,7 @@ from beaker_statestore.tyrant import original
 from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.commands import (
     EXT,
+    FORBIDDEN,
     MISC,
     PROBE,
     STORE_FAILED,
@@ -41,9 +41,21 @@ from beaker_statestore.tyrant.commands import (
     Request,
     is_repeatable,
 )
+from beaker_statestore.tyrant.tls import TLS, explain
+from beaker_statestore.tyrant.transport import TLSTransport, Transport, remaining
 from beaker_statestore.tyrant.wire import ReplyDecoder, encode_request
 
-__all__ = ["Choice", "Client", "Connection", "MissingFunctionError", "NotSentError", "Pool", "connect", "describe"]
+__all__ = [
+    "Choice",
+    "Client",
+    "Connection",
+    "MissingFunctionError",
+    "NotSentError",
+    "Pool",
+    "check_status",
+    "connect",
+    "describe",
+]
 
 DEFAULT_CONNECT_TIMEOUT: Final = 2.0
 DEFAULT_TIMEOUT: Final = 5.0
@@ -53,8 +65,6 @@ MAX_IDLE: Final = 60.0
 #: How long to wait before a request is sent again, in seconds; a random time in this range, so that many clients of a
 #: server that has just come back do not act in step.
 RETRY_PAUSE: Final = (0.02, 0.1)
-
-_RECEIVE_SIZE: Final = 65536
 
 #: Makes the requests to send out of what the server can do (`Connection.capabilities`). It may be called again.
 Choice = Callable[[frozenset[bytes]], Sequence[Request]]
@@ -96,13 +106,13 @@ def _connect(family: int, target: Any, deadline: float) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         while True:
-            sock.settimeout(_remaining(deadline))
+            sock.settimeout(remaining(deadline))
             try:
                 sock.connect(target)
                 break
             except BlockingIOError:
                 # The queue of a Unix socket is full. The kernel waits for room only without a timeout (connect(2)).
-                time.sleep(min(0.01, _remaining(deadline)))
+                time.sleep(min(0.01, remaining(deadline)))
         if family != socket.AF_UNIX:
             if sock.getsockname() == sock.getpeername():
                 # TCP's simultaneous open: nobody listens at this port, and the kernel chose it for our own end.
@@ -131,15 +141,13 @@ def _why_not_connected(address: Address, error: Exception) -> str:
     return f"cannot connect to the Tyrant server at {address}: {error}"
 
 
-def _remaining(deadline: float) -> float:
-    """The seconds until ``deadline``, always more than 0.
-
-    :raises TimeoutError: it has passed.
-    """
-    seconds = deadline - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError("the deadline has passed")
-    return seconds
+def _why_no_tls(address: Address, error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return (
+            f"no TLS with the Tyrant server at {address} (no handshake in time): see whether it speaks TLS at this "
+            "port, and whether it is overloaded or stopped"
+        )
+    return f"no TLS with the Tyrant server at {address}: {explain(error)}"
 
 
 class Connection:
@@ -149,25 +157,24 @@ class Connection:
     later request, and replies do not say what they answer.
     """
 
-    def __init__(self, sock: socket.socket, address: Address) -> None:
+    def __init__(self, sock: socket.socket | Transport, address: Address) -> None:
         """:param sock: connected; it belongs to the connection from now on."""
-        sock.setblocking(False)
         self.address = address
         self.closed = False
         #: When it was last given back to a pool.
         self.idle_since = time.monotonic()
-        self._socket = sock
+        self._transport = sock if isinstance(sock, Transport) else Transport(sock)
         self._decoder = ReplyDecoder()
         self._capabilities: frozenset[bytes] | None = None
-        self._readable = select.poll()
-        self._readable.register(sock, select.POLLIN)
-        self._readable_or_writable = select.poll()
-        self._readable_or_writable.register(sock, select.POLLIN | select.POLLOUT)
 
     @classmethod
-    def open(cls, address: Address, deadline: float) -> Connection:
-        """A connection to the server at ``address``; errors as for `connect`."""
-        connection = cls(connect(address, deadline), address)
+    def open(cls, address: Address, deadline: float, tls: TLS | None = None) -> Connection:
+        """A connection to the server at ``address``; errors as for `connect`.
+
+        :param tls: what to speak TLS with, which is then done by ``deadline``, too; None: everything is in the clear.
+        """
+        sock = connect(address, deadline)
+        connection = cls(sock if tls is None else _encrypt(sock, address, deadline, tls), address)
         observe.count("tyrant.connections")
         return connection
 
@@ -176,7 +183,7 @@ class Connection:
 
         Between calls a server has nothing to say, so bytes that wait are as bad as an end or an error.
         """
-        return not self.closed and not self._readable.poll(0)
+        return not self.closed and self._transport.is_silent()
 
     def capabilities(self, deadline: float) -> frozenset[bytes]:
         """The names of our own functions that the server has (see `swap`); asked once per connection.
@@ -192,8 +199,7 @@ class Connection:
                 ((status, names),) = self.call([probe], deadline)
             except StoreUnavailable as error:
                 raise NotSentError(str(error)) from error
-            if status == STORE_FAILED:
-                raise _store_failed(self.address, probe)
+            check_status(self.address, probe, status)
             self._capabilities = frozenset(names.split() if status == SUCCESS else ())
         return self._capabilities
 
@@ -218,11 +224,11 @@ class Connection:
                 self._decoder.expect(request)
             while unsent or len(replies) < len(answered):
                 if unsent:
-                    unsent = unsent[self._send(unsent) :]
+                    unsent = unsent[self._transport.send(unsent) :]
                 if unsent or len(replies) < len(answered):
                     # Replies are taken while requests still leave. Were they left until then, a server that waits
                     # for its replies to be read would stop reading requests, and both would wait for ever.
-                    self._wait(self._readable_or_writable if unsent else self._readable, deadline)
+                    self._transport.wait(deadline, to_send=bool(unsent))
                     replies += self._receive()
         except (OSError, ProtocolError) as error:
             self.close()
@@ -236,16 +242,9 @@ class Connection:
         it = iter(replies)
         return [Reply(SUCCESS) if request.command.body is Body.NO_REPLY else next(it) for request in requests]
 
-    def _send(self, data: memoryview) -> int:
-        try:
-            return self._socket.send(data)
-        except BlockingIOError:
-            return 0
-
     def _receive(self) -> list[Reply]:
-        try:
-            data = self._socket.recv(_RECEIVE_SIZE)
-        except BlockingIOError:
+        data = self._transport.receive()
+        if data is None:
             return []
         if not data:
             raise ConnectionError("the connection was closed")
@@ -253,25 +252,21 @@ class Connection:
         replies = []
         while (message := self._decoder.next()) is not None:
             _, reply = message
-            if reply.status > STORE_FAILED:
+            if reply.status > FORBIDDEN:
                 raise ProtocolError(f"there is no status {reply.status}")
             replies.append(reply)
         return replies
 
-    @staticmethod
-    def _wait(poll: select.poll, deadline: float) -> None:
-        # Rounded up: poll counts milliseconds, and a shorter wait would end just before the deadline, again and again.
-        if not poll.poll(math.ceil(_remaining(deadline) * 1000)):
-            raise TimeoutError("the deadline has passed")
-
     def _failure(self, error: Exception, requests: Sequence[Request], *, begun: bool) -> StoreUnavailable:
         names = ", ".join(dict.fromkeys(map(describe, requests)))
+        if self._transport.has_refused(error):
+            return NotSentError(_why_no_tls(self.address, error))
         if isinstance(error, TimeoutError):
             what = f"the Tyrant server at {self.address} did not answer {names} in time"
             remedy = "see whether it is overloaded or stopped"
         elif isinstance(error, ProtocolError):
             what = f"what answered {names} at {self.address} does not speak the Tyrant protocol ({error})"
-            remedy = "check the address"
+            remedy = "check the address, and whether the server demands TLS (tyrants://)"
         else:
             what = f"the connection to the Tyrant server at {self.address} broke before {names} was answered ({error})"
             remedy = "see whether the server was restarted, and its log"
@@ -284,13 +279,39 @@ class Connection:
     def close(self) -> None:
         """Close it, in this process. What has been sent is still delivered."""
         self.closed = True
-        self._socket.close()
+        self._transport.close()
 
 
-def _store_failed(address: Address, request: Request) -> StoreUnavailable:
-    return StoreUnavailable(
-        f"the store behind the Tyrant server at {address} failed to carry out {describe(request)}: see the server's log"
-    )
+def _encrypt(sock: socket.socket, address: Address, deadline: float, tls: TLS) -> TLSTransport:
+    """``sock``, with TLS spoken on it; it is closed where that fails."""
+    try:
+        transport = TLSTransport(sock, tls.channel(address.host))
+        transport.shake_hands(deadline)
+    except OSError as error:
+        sock.close()
+        raise StoreUnavailable(_why_no_tls(address, error)) from error
+    except BaseException:
+        sock.close()
+        raise
+    return transport
+
+
+def check_status(address: Address, request: Request, status: int) -> None:
+    """Return if ``status`` answers ``request``, well or not.
+
+    :raises StoreUnavailable: the store behind the server failed.
+    :raises ConfigurationError: the server does not let its clients do this.
+    """
+    if status == STORE_FAILED:
+        raise StoreUnavailable(
+            f"the store behind the Tyrant server at {address} failed to carry out {describe(request)}: "
+            "see the server's log"
+        )
+    if status == FORBIDDEN:
+        raise ConfigurationError(
+            f"the Tyrant server at {address} does not let its clients do {describe(request)}: "
+            "see the options --mask and --unmask of `statestore serve`; a Unix socket may be open to more"
+        )
 
 
 def describe(request: Request) -> str:
@@ -316,12 +337,14 @@ class Pool:
         self,
         address: Address,
         *,
+        tls: TLS | None = None,
         size: int = DEFAULT_POOL_SIZE,
         connect_timeout: float = DEFAULT_CONNECT_TIMEOUT,
         max_idle: float = MAX_IDLE,
         opened: Iterable[Connection] = (),
     ) -> None:
         """
+        :param tls: what to speak TLS with; None: everything is in the clear.
         :param connect_timeout: how long opening a connection may take, in seconds.
         :param max_idle: for how many seconds an idle connection can be used again.
         :param opened: connections to ``address`` to begin with, at most ``size``.
@@ -331,6 +354,7 @@ class Pool:
             raise ConfigurationError(f"pool_size is {size}: a pool needs at least 1 connection")
         _check_seconds("connect_timeout", connect_timeout)
         self.address = address
+        self.tls = tls
         self.size = size
         self.connect_timeout = connect_timeout
         self.max_idle = max_idle
@@ -359,7 +383,7 @@ class Pool:
             if self._closed:
                 raise StateStoreError(f"the client of the Tyrant server at {self.address} has been closed")
             connection = self._pop() or Connection.open(
-                self.address, min(deadline, time.monotonic() + self.connect_timeout)
+                self.address, min(deadline, time.monotonic() + self.connect_timeout), self.tls
             )
         except BaseException:
             self._places.release()
@@ -452,7 +476,7 @@ class Client:
         :raises StoreUnavailable: the request was not carried out, or it changes nothing.
         """
         (reply,) = self.pipeline([request], requires=requires)
-        self._check(request, reply)
+        check_status(self.pool.address, request, reply.status)
         return reply
 
     def call_suitable(self, choose: Choice) -> list[tuple[Request, Reply]]:
@@ -462,7 +486,7 @@ class Client:
         """
         answers = list(zip(*self._exchange(choose), strict=True))
         for request, reply in answers:
-            self._check(request, reply)
+            check_status(self.pool.address, request, reply.status)
         return answers
 
     def pipeline(self, requests: Sequence[Request], *, requires: bytes | None = None) -> list[Reply]:
@@ -502,10 +526,6 @@ class Client:
             # What broke one connection has most likely broken all.
             self.pool.drop_idle()
             time.sleep(pause)
-
-    def _check(self, request: Request, reply: Reply) -> None:
-        if reply.status == STORE_FAILED:
-            raise _store_failed(self.pool.address, request)
 
     def close(self) -> None:
         """Close the pool."""
