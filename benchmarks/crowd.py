@@ -26,7 +26,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -394,7 +393,7 @@ def run(db: str, seconds: float, patience: float, memory: int, everyone: Sequenc
         measure(store, 0.5)  # to warm up
         phases = [stage.phase("quiet")]
         for crowd in everyone:
-            waiting = patience + 3.0 if crowd.pieces and not crowd.returns else 0.0
+            waiting = 2 * patience + 3.0 if crowd.pieces and not crowd.returns else 0.0
             phases.append(stage.phase(f"{crowd.number:,} {crowd.name}", [crowd], until_closed=waiting))
         phases.append(stage.phase("quiet again"))
         phases.append(stage.phase("all together", everyone))
@@ -417,8 +416,8 @@ def _fate(phase: Phase) -> str:
 
 def table(db: str, phases: Sequence[Phase]) -> Table:
     """For people."""
-    names = ("phase", "p50 ms", "ratio", "p99 ms", "ratio", "worst ms", "ops/s", "ratio", "failed")
-    names += ("RSS MiB", "ratio", "peak MiB", "server's CPU", "closed by the server")
+    names = ["phase", "p50 ms", "ratio", "p99 ms", "ratio", "worst ms", "ops/s", "ratio", "failed"]
+    names += ["RSS MiB", "ratio", "peak MiB", "server's CPU", "closed by the server"]
     made = Table(title=f"statestore serve --db {db}", box=None)
     for name in names:
         made.add_column(name, justify="left" if name in (names[0], names[-1]) else "right")

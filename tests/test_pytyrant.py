@@ -33,7 +33,7 @@ from tests.peer import Answer, Peer
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess("memory:") as server:
+    with ServerProcess("memory:", arguments=["--unmask", "all"]) as server:
         yield server
 
 

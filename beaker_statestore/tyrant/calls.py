@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from beaker_statestore.tyrant.commands import COMMANDS, FORBIDDEN, Reply, Request
-from beaker_statestore.tyrant.wire import encode_reply
+from beaker_statestore.tyrant.wire import Encoded, encode_reply_in_parts
 
 __all__ = ["Call", "Door", "binary_call"]
 
@@ -29,19 +29,23 @@ class Call(NamedTuple):
 
     #: What is to be carried out; ``None``: nothing, the answer is known.
     request: Request | None
-    #: The answer's bytes. With `FORBIDDEN` as with every other status it makes an answer that says "failed".
-    encode: Callable[[Reply], bytes]
+    #: The answer. With `FORBIDDEN` as with every other status it makes an answer that says "failed".
+    encode: Callable[[Reply], Encoded]
     door: Door = Door.BINARY
     #: The connection is closed behind the answer, and what the client has sent behind this is not looked at.
     last: bool = False
 
     def refused(self) -> Call:
-        """This call, not to be carried out: its answer says that it is forbidden."""
+        """This call, not to be carried out: its answer says that it is forbidden.
+
+        Where no answer is asked for (``putnr``, memcached's ``noreply``), the end of the connection says so; nothing
+        at all would look like success.
+        """
         answer = self.encode(Reply(FORBIDDEN))
-        return Call(None, lambda _reply: answer, self.door, self.last)
+        return Call(None, lambda _reply: answer, self.door, self.last or not answer)
 
 
-_ENCODERS: Final = {command: partial(encode_reply, command) for command in COMMANDS.values()}
+_ENCODERS: Final = {command: partial(encode_reply_in_parts, command) for command in COMMANDS.values()}
 
 
 def binary_call(request: Request) -> Call:

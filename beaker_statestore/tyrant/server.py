@@ -19,9 +19,10 @@ import logging
 import math
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Final, TypeVar, cast
 
@@ -33,12 +34,13 @@ from beaker_statestore.tyrant.apart import Job
 from beaker_statestore.tyrant.backups import Backups
 from beaker_statestore.tyrant.calls import Call
 from beaker_statestore.tyrant.commands import PUTNR, STORE_FAILED, Body, Reply
+from beaker_statestore.tyrant.encrypted import Encrypted
 from beaker_statestore.tyrant.http import HTTPPolicy
 from beaker_statestore.tyrant.listening import BACKLOG, SOCKET_MODE, listen
 from beaker_statestore.tyrant.mask import CLOSED, OPEN, Mask
 from beaker_statestore.tyrant.protocols import CallDecoder
 from beaker_statestore.tyrant.verbs import Executor, Function, Reach, report, waits_for_disk
-from beaker_statestore.tyrant.wire import Limits
+from beaker_statestore.tyrant.wire import Encoded, Limits, encoded_length
 
 __all__ = ["Server", "ServerLimits", "ServerOptions"]
 
@@ -51,6 +53,11 @@ BATCH: Final = 2000
 SHARE: Final = 200
 #: A connection is not read on while so many bytes of it wait to be carried out.
 READ_AHEAD: Final = 256 * 1024
+#: Whoever has been sent more than this at once comes after all others for as long as sending it at the rate below, in
+#: bytes a second, would take.
+COSTLY: Final = 1024 * 1024
+COSTLY_RATE: Final = 16 * 1024 * 1024
+_NOT_IN_TIME: Final = "the rest of its request did not come"
 #: Connections that hold less than this do not count for the limit of memory.
 LIGHT: Final = 64 * 1024
 #: How long `Server.stop` lets clients read their last replies, in seconds.
@@ -131,6 +138,8 @@ class Server:
         self._heavy: set[_Connection] = set()
         # Connections whose turn it is, in the order in which they came.
         self._ready: dict[_Connection, None] = {}
+        # The same of those that come after all of the above, since making their replies may take long.
+        self._costly: dict[_Connection, None] = {}
         self._turning = False
         self._idle_timer: asyncio.TimerHandle | None = None
 
@@ -157,19 +166,18 @@ class Server:
         """Accept connections on ``sock``, which listens, and belongs to the server from now on."""
         self.addresses.append(Address.of(sock.getsockname()))
         if sock.family == socket.AF_UNIX:
-            listener = await self._loop.create_unix_server(
-                lambda: _Connection(self, self.options.unix_mask), sock=sock, backlog=BACKLOG
-            )
+            listener = await self._loop.create_unix_server(self._admit_unix, sock=sock, backlog=BACKLOG)
         else:
-            tls = self.options.tls
-            listener = await self._loop.create_server(
-                lambda: _Connection(self, self.options.tcp_mask),
-                sock=sock,
-                backlog=BACKLOG,
-                ssl=tls,
-                ssl_handshake_timeout=self.limits.patience if tls is not None else None,
-            )
+            listener = await self._loop.create_server(self._admit_tcp, sock=sock, backlog=BACKLOG)
         self._listeners.append(listener)
+
+    def _admit_unix(self) -> asyncio.Protocol:
+        return _Connection(self, self.options.unix_mask)
+
+    def _admit_tcp(self) -> asyncio.Protocol:
+        connection = _Connection(self, self.options.tcp_mask)
+        tls = self.options.tls
+        return connection if tls is None else Encrypted(connection, tls, self.limits.patience)
 
     async def stop(self) -> None:
         """Listen no more, carry out and answer what has come, and close all connections, within `DRAIN` seconds."""
@@ -184,6 +192,7 @@ class Server:
         while (self._connections or self._turning) and self._loop.time() < deadline:
             await asyncio.sleep(0.005)
         self._ready.clear()
+        self._costly.clear()
         for job in self._jobs:
             job.cancel()
         for connection in list(self._connections):
@@ -220,7 +229,7 @@ class Server:
 
     def ready(self, connection: _Connection) -> None:
         """``connection`` has something to be carried out."""
-        self._ready[connection] = None
+        (self._costly if connection.costly else self._ready)[connection] = None
         if not self._turning:
             self._turning = True
             self._loop.call_soon(self._turn)
@@ -244,9 +253,13 @@ class Server:
         """Carry out what has been collected."""
         taken: list[tuple[_Connection, int]] = []
         calls: list[Call] = []
-        while self._ready and len(calls) < BATCH:
-            connection = next(iter(self._ready))
-            del self._ready[connection]
+        while len(calls) < BATCH:
+            # Both in one batch only where a batch costs a wait for the disk; else the costly ones would hold it up.
+            queue = self._ready or (self._costly if self._blocking or not calls else None)
+            if not queue:
+                break
+            connection = next(iter(queue))
+            del queue[connection]
             share = connection.take(min(SHARE, BATCH - len(calls)))
             if not connection.apart:
                 taken.append((connection, len(share)))
@@ -260,7 +273,7 @@ class Server:
             self._conclude(taken, calls, lambda: self._executor.execute(calls))
 
     def _conclude(
-        self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: Callable[[], list[bytes]]
+        self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: Callable[[], list[Encoded]]
     ) -> None:
         """Hand out what ``replies`` answers; where it cannot, leave nobody who asked with an answer."""
         try:
@@ -272,7 +285,7 @@ class Server:
             taken, calls, known = [(connection, 0) for connection, count in taken if not count], [], []
         self._settle(taken, calls, known)
 
-    def _settle(self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: list[bytes]) -> None:
+    def _settle(self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: list[Encoded]) -> None:
         """Hand out ``replies``, and give back the ``calls`` behind the last one that has been carried out."""
         start = 0
         for connection, count in taken:
@@ -282,7 +295,7 @@ class Server:
             except Exception as error:  # noqa: BLE001 - MemoryError, say: the others are to be served all the same
                 connection.abort(f"its replies could not be sent: {error!r}")
             start = end
-        self._turning = bool(self._ready)
+        self._turning = bool(self._ready or self._costly)
         if self._turning:
             self._loop.call_soon(self._turn)
 
@@ -353,6 +366,15 @@ class _Connection(asyncio.Protocol):
         self._unread = 0
         self._reply_timer: asyncio.TimerHandle | None = None
         self._frame_timer: asyncio.TimerHandle | None = None
+        #: The timer went off while something was to be carried out, which may be the rest of the request.
+        self._overdue = False
+        #: Until when it is held to be `costly`; at first, since nothing is known of it.
+        self._costly_until = math.inf
+
+    @property
+    def costly(self) -> bool:
+        """Whether its next reply may be as long as one that it had a short while ago, or nothing is known of it."""
+        return self._loop.time() < self._costly_until
 
     @property
     def held(self) -> int:
@@ -381,15 +403,15 @@ class _Connection(asyncio.Protocol):
         self._drained = False
         if not self._busy:
             self._busy = True
-            self._server.ready(self)
+            if self._may_write:  # otherwise its replies would pile up, one for each time that it asks
+                self._server.ready(self)
         elif self._decoder.buffered > READ_AHEAD:
             self._transport.pause_reading()
         self._weigh()
 
     def eof_received(self) -> bool:
         self.finish()
-        # What has been asked before is still answered, but TLS knows no connection that is open to one side.
-        return self._transport.get_extra_info("sslcontext") is None
+        return True  # what has been asked before is still answered
 
     def pause_writing(self) -> None:
         self._may_write = False
@@ -404,6 +426,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = self._ending = True
+        if not self._busy or not self._may_write:  # otherwise its turn is still to come
+            self._decoder.clear()
         _cancel(self._frame_timer)
         _cancel(self._reply_timer)
         self._server.forget(self)
@@ -422,6 +446,8 @@ class _Connection(asyncio.Protocol):
                 if call is None:
                     self._drained = True
                     break
+                if self.lost and call.request is not None and call.request.command.repeatable:
+                    continue  # a question, and nobody is left to be answered
                 call = self._permitted(call)
                 if call.last:
                     self._take_no_more()
@@ -439,6 +465,7 @@ class _Connection(asyncio.Protocol):
         if calls or self.apart:
             _cancel(self._frame_timer)
             self._frame_timer = None
+            self._overdue = False
         return calls
 
     def _permitted(self, call: Call) -> Call:
@@ -453,12 +480,19 @@ class _Connection(asyncio.Protocol):
             raise ProtocolError("putnr is masked, and has no reply that could say so")
         return call.refused()
 
-    def settle(self, replies: list[bytes], returned: list[Call]) -> None:
+    def settle(self, replies: list[Encoded], returned: list[Call]) -> None:
         """Send ``replies``, and keep the calls that have not been carried out for the next turn."""
         self.apart = False
         if self.lost:
+            self._decoder.clear()
             return
-        self._transport.write(b"".join(replies))
+        size = sum(map(encoded_length, replies))
+        if size > COSTLY:
+            self._costly_until = self._loop.time() + size / COSTLY_RATE
+        elif replies and self._costly_until == math.inf:
+            self._costly_until = 0.0
+        # With uvloop, and from Python 3.12 on with asyncio, without a copy of what is long.
+        self._transport.writelines(_joined(replies))
         self._weigh()
         self._returned = returned
         if returned or self._next is not None or not self._drained:
@@ -471,7 +505,9 @@ class _Connection(asyncio.Protocol):
             self._hang_up()
             return
         self._transport.resume_reading()
-        if self._decoder.midway and self._frame_timer is None:
+        if self._overdue and self._decoder.midway:
+            self.abort(_NOT_IN_TIME)
+        elif self._decoder.midway and self._frame_timer is None:
             self._frame_timer = self._loop.call_later(self._server.limits.patience, self._check_frame)
 
     def finish(self) -> None:
@@ -535,9 +571,19 @@ class _Connection(asyncio.Protocol):
             self.abort("it does not read its replies")
 
     def _check_frame(self) -> None:
-        self._frame_timer = None
-        if not self._busy:
-            self.abort("the rest of its request did not come")
+        if self._busy:
+            self._overdue = True
+        else:
+            self.abort(_NOT_IN_TIME)
+
+
+def _joined(replies: list[Encoded]) -> Iterator[bytes]:
+    """The bytes of ``replies`` in order, those that are short joined."""
+    for long, some in groupby(replies, lambda reply: isinstance(reply, tuple)):
+        if long:
+            yield from chain.from_iterable(cast("Iterator[tuple[bytes, ...]]", some))
+        else:
+            yield b"".join(cast("Iterator[bytes]", some))
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

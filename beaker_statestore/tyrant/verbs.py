@@ -34,7 +34,7 @@ from beaker_statestore.tyrant.calls import Call
 from beaker_statestore.tyrant.commands import FAILURE, STORE_FAILED, SUCCESS, Command, Reply, Request
 from beaker_statestore.tyrant.stat import stat_text
 from beaker_statestore.tyrant.texts import function_name, number, wrapped
-from beaker_statestore.tyrant.wire import decimal_to_float
+from beaker_statestore.tyrant.wire import Encoded, decimal_to_float, encoded_length
 
 __all__ = ["BUILT_IN", "Executor", "Function", "Reach", "waits_for_disk"]
 
@@ -101,7 +101,7 @@ class Executor:
         self._calls: Counter[Command] = Counter()
         self._misses: Counter[Command] = Counter()
 
-    def execute(self, calls: Sequence[Call]) -> list[bytes]:
+    def execute(self, calls: Sequence[Call]) -> list[Encoded]:
         """Carry out the first of ``calls`` and answer their replies.
 
         Not all of them when the replies become long; the others are to be given again. What the store fails to do is
@@ -118,7 +118,7 @@ class Executor:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, each client gets an answer
             report(error)
-        replies: list[bytes] = []
+        replies: list[Encoded] = []
         room = min(self._reach.reply, ENOUGH)
         for call in calls:
             try:
@@ -129,7 +129,7 @@ class Executor:
             except Exception as error:  # noqa: BLE001 - as above
                 report(error)
                 replies.append(call.encode(Reply(STORE_FAILED)))
-            room -= len(replies[-1])
+            room -= encoded_length(replies[-1])
             if room < 0:
                 break
         return replies
@@ -150,7 +150,7 @@ class Executor:
         self._calls[request.command] += 1
         return Scan(plan, self._store, keys=self._reach.keys, longest=self._reach.reply)
 
-    def _attempt(self, calls: Sequence[Call]) -> list[bytes]:
+    def _attempt(self, calls: Sequence[Call]) -> list[Encoded]:
         # An operation must not touch the store but through its verbs, so this is asked before.
         wanted = any(call.request is not None and call.request.command in _TELLS_SIZE for call in calls)
         figures = Figures(self._store.size() if wanted else 0, self._calls, self._misses)
@@ -211,7 +211,7 @@ class Run:
         """:param store: only to tell what it is."""
         self.records = records
         self.position = position
-        self.replies: list[bytes] = []
+        self.replies: list[Encoded] = []
         #: Which of the replies are true only once the store has been synchronised.
         self.awaiting_sync: list[int] = []
         #: What was asked for, for ``stat``, and what of it failed.
@@ -226,17 +226,13 @@ class Run:
         reply = OK if call.request is None else self._carry_out(call.request)
         encoded = call.encode(reply)
         self.replies.append(encoded)
-        return len(encoded)
+        return encoded_length(encoded)
 
     def _carry_out(self, request: Request) -> Reply:
         command, arguments = request
         native = self.records.native.get(command.name)
         try:
-            if native is None:
-                reply = _COMMANDS[command](self, *arguments)
-            else:
-                value = native(*arguments)
-                reply = FAILED if value is None else Reply(SUCCESS, value)
+            reply = _COMMANDS[command](self, *arguments) if native is None else self._bounded(native, request)
         except _TooLongError:
             reply = Reply(STORE_FAILED)
         counted = _COUNTED_AS.get(arguments[0], command) if command is commands.EXT else command
@@ -244,6 +240,22 @@ class Run:
         if reply.status != SUCCESS:
             self.misses.append(counted)
         return reply
+
+    def _bounded(self, native: Callable[..., Any], request: Request) -> Reply:
+        """What the engine itself answers, unless it is more than a reply may hold."""
+        command, arguments = request
+        most = self._reach.keys
+        if command is commands.FWMKEYS:
+            prefix, maximum = arguments
+            arguments = prefix, maximum if 0 <= maximum <= most else most + 1
+        value = native(*arguments)
+        if value is None:
+            return FAILED
+        if isinstance(value, list):
+            self._gather(value)
+            if command is commands.FWMKEYS and len(value) > most:
+                raise _TooLongError
+        return Reply(SUCCESS, value)
 
     # -- single records
 

@@ -39,6 +39,7 @@ from beaker_statestore.tyrant.commands import (
 __all__ = [
     "LIMITS",
     "Decoder",
+    "Encoded",
     "Limits",
     "Line",
     "Reading",
@@ -46,7 +47,9 @@ __all__ = [
     "RequestDecoder",
     "decimal_to_float",
     "encode_reply",
+    "encode_reply_in_parts",
     "encode_request",
+    "encoded_length",
     "float_to_decimal",
     "read_request",
 ]
@@ -69,6 +72,11 @@ class Line(NamedTuple):
 
     limit: int
 
+
+#: From this length on, in bytes, strings are not joined to be sent, and are received in pieces of about this length.
+LONG: Final = 256 * 1024
+#: What is to be sent. In parts if it is long: a copy, and room for it, would cost more than all the rest.
+Encoded = bytes | tuple[bytes, ...]
 
 #: A generator that asks for so many bytes or a line at each yield, is sent them, and returns what it has read.
 Reading = Generator[int | Line, bytes, T]
@@ -191,13 +199,24 @@ def encode_request(request: Request) -> bytes:
 
 def encode_reply(command: Command, reply: Reply) -> bytes:
     """The bytes of the answer ``reply`` to ``command``; empty for a command that is never answered."""
+    encoded = encode_reply_in_parts(command, reply)
+    return encoded if isinstance(encoded, bytes) else b"".join(encoded)
+
+
+def encode_reply_in_parts(command: Command, reply: Reply) -> Encoded:
+    """`encode_reply`, not joined if it is long."""
     status, value = reply
     if command.body is Body.NO_REPLY:
         return b""
     if status == SUCCESS:
-        # Joined only here, since a copy of a large value costs more than all the rest.
-        return b"".join((b"\0", *_WRITERS[command](value)))
+        parts = (b"\0", *_WRITERS[command](value))
+        return parts if sum(map(len, parts)) > LONG else b"".join(parts)
     return bytes((status,)) + (_U32.pack(0) if command.body_on_failure else b"")
+
+
+def encoded_length(encoded: Encoded) -> int:
+    """How many bytes ``encoded`` has."""
+    return len(encoded) if isinstance(encoded, bytes) else sum(map(len, encoded))
 
 
 def _write_nothing(_value: None) -> Sequence[bytes]:
@@ -244,6 +263,9 @@ class Decoder(Generic[T]):
         self._limits = limits
         self._buffer = bytearray()
         self._position = 0
+        #: What follows the buffer while a long string is awaited, and how much that is.
+        self._pieces: list[bytearray] = []
+        self._in_pieces = 0
         self._reading: Reading[T] | None = None
         self._wanted: int | Line = 0
         self._read_so_far = 0
@@ -253,13 +275,40 @@ class Decoder(Generic[T]):
 
     def feed(self, data: bytes) -> None:
         """Take in bytes that have arrived. Costs no more room than they do, whatever they announce."""
-        if self._broken is None:
+        if self._broken is not None:
+            return
+        if not isinstance(self._wanted, int) or self._wanted < LONG:
             self._buffer += data
+            return
+        # One buffer would be moved each time that it outgrows its place. Not a piece for each call, as a peer that
+        # sends single bytes would make us keep much more than those.
+        if self._pieces and len(self._pieces[-1]) < LONG:
+            self._pieces[-1] += data
+        else:
+            self._pieces.append(bytearray(data))
+        self._in_pieces += len(data)
+
+    def clear(self) -> None:
+        """Forget what has been fed, and give its room back now.
+
+        Half a message and this object refer to each other: left alone, both would stay until Python looks for garbage,
+        which a server that makes little of it does seldom.
+        """
+        self._reading = None
+        self._wanted = 0
+        self._buffer = bytearray()
+        self._position = 0
+        self._pieces = []
+        self._in_pieces = 0
 
     @property
     def buffered(self) -> int:
         """How many bytes are held here: those of the message that `midway` tells of and those behind it."""
-        return len(self._buffer) - self._position + (self._read_so_far if self._reading is not None else 0)
+        return self._unread + (self._read_so_far if self._reading is not None else 0)
+
+    @property
+    def _unread(self) -> int:
+        return len(self._buffer) - self._position + self._in_pieces
 
     @property
     def midway(self) -> bool:
@@ -277,9 +326,7 @@ class Decoder(Generic[T]):
             return self._advance()
         except ProtocolError as error:
             self._broken = error
-            self._reading = None
-            self._buffer.clear()
-            self._position = 0
+            self.clear()
             raise
 
     def _advance(self) -> T | None:
@@ -293,15 +340,15 @@ class Decoder(Generic[T]):
         while True:
             wanted = self._wanted
             length = wanted if isinstance(wanted, int) else self._line_length(wanted)
-            if length is None or len(self._buffer) - self._position < length:
+            if length is None or self._unread < length:
                 break
-            piece = memoryview(self._buffer)[self._position : self._position + length].tobytes()
-            self._position += length
+            piece = self._take(length)
             self._read_so_far += length
             try:
                 self._wanted = wanted = self._reading.send(piece)
             except StopIteration as stop:
                 self._reading = None
+                self._wanted = 0
                 message = stop.value
                 break
             more = wanted if isinstance(wanted, int) else 0
@@ -311,6 +358,26 @@ class Decoder(Generic[T]):
             del self._buffer[: self._position]
             self._position = 0
         return message
+
+    def _take(self, length: int) -> bytes:
+        """The next ``length`` bytes, which are here."""
+        end = self._position + length
+        if end <= len(self._buffer):
+            piece = memoryview(self._buffer)[self._position : end].tobytes()
+            self._position = end
+            return piece
+        # What is beyond them may be in several pieces, if those have come since the last time that somebody asked.
+        beyond = self._unread - length
+        rest = bytearray()
+        while len(rest) + len(self._pieces[-1]) <= beyond:
+            rest = self._pieces.pop() + rest
+        last = self._pieces.pop()
+        cut = len(last) + len(rest) - beyond
+        rest = last[cut:] + rest
+        del last[cut:]
+        piece = b"".join((memoryview(self._buffer)[self._position :], *self._pieces, last))
+        self._buffer, self._position, self._pieces, self._in_pieces = rest, 0, [], 0
+        return piece
 
     def _line_length(self, wanted: Line) -> int | None:
         """How long the next line is, or ``None`` if its end has not come."""
