@@ -6,6 +6,7 @@ import logging
 import resource
 from collections.abc import Sequence
 from pathlib import Path
+from ssl import CERT_REQUIRED, SSLContext
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -16,9 +17,11 @@ from beaker_statestore.console import Seconds
 from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.service import SWEEP_LARGEST, Service, log_to
 from beaker_statestore.stores import open_store
-from beaker_statestore.stores.base import LocalStore
+from beaker_statestore.stores.base import LocalStore, Store
+from beaker_statestore.stores.cabinet import CabinetStore, is_cabinet_name
 from beaker_statestore.stores.urls import redacted
 from beaker_statestore.sweeper import MARGIN
+from beaker_statestore.tyrant import tls
 from beaker_statestore.tyrant.backups import Backups
 from beaker_statestore.tyrant.http import HTTPPolicy
 from beaker_statestore.tyrant.listening import SOCKET_MODE
@@ -186,7 +189,9 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
     f"{MARGIN:.0f} seconds ago or more.",
 )
 @click.option(
-    "--log", type=click.Path(dir_okay=False), help="Log to this file; SIGHUP opens it anew.  [default: stderr]"
+    "--log",
+    type=click.Path(dir_okay=False),
+    help="Log to this file; SIGHUP opens it anew, and reads the certificate anew.  [default: stderr]",
 )
 @click.option("--verbose", is_flag=True, help="Log each connection that is closed for cause, and each sweep.")
 def serve(
@@ -243,52 +248,82 @@ def serve(
     store, every = _open_local_store(db, sync, sync_interval)
 
     def tell() -> None:
-        click.echo(f"statestore {__version__} serves {db} at {', '.join(map(str, server.addresses))}")
+        where = ", ".join(map(str, server.addresses)) + _protection(options)
+        click.echo(f"statestore {__version__} serves {db} at {where}")
         click.echo(f"In a crash: {store.crash_can_lose(every)}.")
         click.echo(_ON_SWEEPS.format(interval) if interval else _ON_NO_SWEEPS)
+
+    def renew() -> None:
+        if options.tls is not None and tls_cert is not None:
+            tls.renew(options.tls, tls_cert, tls_key)
 
     with store:
         store.ping()
         server = Server(store, limits=limits, options=options)
-        Service(server, store, sweep_interval=interval, sync_interval=every).run(addresses, tell)
+        service = Service(server, store, interval, every, renew)
+        service.run(addresses, tell)
         store.sync()
 
 
 def _open_local_store(db: str, sync: str | None, sync_interval: float | None) -> tuple[LocalStore, float | None]:
     """The store that the options name, and how often it is to be synchronised; the directory of a path is made."""
-    if sync_interval is not None and sync not in (None, "interval"):
-        raise ConfigurationError(f"--sync-interval is for --sync interval, not for --sync {sync}")
     if sync is None and sync_interval is not None:
         sync = "interval"
-    every = (sync_interval or _SYNC_INTERVAL) if sync == "interval" else None
-    url = _url(db)
-    if sync is not None:
-        if not url.startswith("lmdb:"):
-            raise ConfigurationError(f"--sync is for stores with a file; --db {db} has nothing to write to the disk")
-        url += f"{'&' if '?' in url else '?'}sync={'always' if sync == 'always' else 'os'}"
-    store = open_store(url)
+    if sync_interval is not None and sync != "interval":
+        raise ConfigurationError(f"--sync-interval is for --sync interval, not for --sync {sync}")
+    if is_cabinet_name(db):
+        _make_directory_of(db.partition("#")[0], db)
+        cabinet = CabinetStore(db, sync="always" if sync == "always" else "os")
+        if cabinet.path is not None and sync is None:
+            sync = "interval"
+        store: Store = cabinet
+    else:
+        url = _url(db)
+        if url.startswith("cabinet:") and sync is not None:
+            raise ConfigurationError(f"--sync is not for URLs such as --db {db}; give the file's path by itself")
+        if url.startswith("lmdb:") and sync is not None:
+            url += f"{'&' if '?' in url else '?'}sync={'always' if sync == 'always' else 'os'}"
+        store = open_store(url)
     if not isinstance(store, LocalStore):
         store.close()
         raise ConfigurationError(
-            f"serve needs a store in this process, and {redacted(url)} is on a network: "
+            f"serve needs a store in this process, and {redacted(db)} is on a network: "
             "let the clients connect there, or give an lmdb:/// URL or a path ending in .lmdb by --db"
         )
-    return store, every
+    if sync is not None and store.path is None:
+        raise ConfigurationError(f"--sync is for stores with a file; --db {db} has nothing to write to the disk")
+    return store, (sync_interval or _SYNC_INTERVAL) if sync == "interval" else None
 
 
 def _url(db: str) -> str:
     if not db.endswith(".lmdb") or ":" in db.partition("/")[0]:
         return db
-    path = Path(db).absolute()
+    path = _make_directory_of(db, db)
+    return f"lmdb://{quote(str(path))}"
+
+
+def _make_directory_of(file: str, db: str) -> Path:
+    path = Path(file).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"cannot make {path.parent} for --db {db}: {error.strerror}") from error
-    return f"lmdb://{quote(str(path))}"
+    return path
 
 
-def _tls(cert: str | None, key: str | None, ca: str | None) -> Any:
-    return None
+def _tls(cert: str | None, key: str | None, ca: str | None) -> SSLContext | None:
+    if cert is None:
+        if key is not None or ca is not None:
+            raise click.UsageError(f"{'--tls-key' if key is not None else '--tls-ca'} needs --tls-cert")
+        return None
+    return tls.server_context(cert, key, ca)
+
+
+def _protection(options: ServerOptions) -> str:
+    if options.tls is None:
+        return ""
+    # All that the option --tls-ca does.
+    return " (TLS with client certificates)" if options.tls.verify_mode is CERT_REQUIRED else " (TLS)"
 
 
 def _functions(modules: Sequence[str]) -> dict[bytes, Function]:

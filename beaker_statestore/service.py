@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.sweeper import BATCH, Sweeper
 from beaker_statestore.tyrant.listening import inherited
@@ -48,6 +49,8 @@ class Service:
     sweep_interval: float
     #: Seconds between syncs; ``None``: none, the store needs none.
     sync_interval: float | None
+    #: Called upon SIGHUP, for what is to be read anew.
+    renew: Callable[[], None] = lambda: None
 
     def run(self, addresses: Sequence[str], started: Callable[[], None]) -> None:
         """Serve at ``addresses`` until SIGTERM or SIGINT, on the quickest event loop that is installed.
@@ -62,7 +65,7 @@ class Service:
         stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
-        loop.add_signal_handler(signal.SIGHUP, _reopen_logs)
+        loop.add_signal_handler(signal.SIGHUP, self._begin_anew)
         await self.server.start([address for address in addresses if address != INHERITED])
         if INHERITED in addresses:
             await self._serve_on_inherited()
@@ -81,6 +84,15 @@ class Service:
             if isinstance(ended, Exception):
                 logger.warning("%s had ended: %r", task.get_name(), ended)
         await self.server.stop()
+
+    def _begin_anew(self) -> None:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.handlers.WatchedFileHandler):
+                handler.reopenIfNeeded()
+        try:
+            self.renew()
+        except ConfigurationError as error:
+            logger.error("SIGHUP has changed nothing: %s", error)
 
     async def _sync_for_ever(self, interval: float) -> None:
         while True:
@@ -134,13 +146,6 @@ def log_to(path: str | None, level: int) -> None:
     """
     handler = logging.StreamHandler() if path is None else logging.handlers.WatchedFileHandler(path)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[handler])
-
-
-def _reopen_logs() -> None:
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.handlers.WatchedFileHandler):
-            handler.reopenIfNeeded()
-    logger.info("the log goes on after SIGHUP")
 
 
 def _notify(state: bytes) -> None:
