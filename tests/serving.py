@@ -18,7 +18,7 @@ from beaker_statestore.tyrant.commands import PUTNR, Reply, Request
 from beaker_statestore.tyrant.mask import OPEN
 from beaker_statestore.tyrant.server import Server, ServerOptions
 from beaker_statestore.tyrant.verbs import Executor
-from beaker_statestore.tyrant.wire import ReplyDecoder, encode_request
+from beaker_statestore.tyrant.wire import Encoded, ReplyDecoder, encode_request
 
 T = TypeVar("T")
 
@@ -46,8 +46,13 @@ def carry_out(executor: Executor, *requests: Request) -> list[bytes]:
         if job is not None:
             while not job.step():
                 pass
-            return [calls[0].encode(job.reply)]
-    return executor.execute(calls)
+            return [joined(calls[0].encode(job.reply))]
+    return [joined(reply) for reply in executor.execute(calls)]
+
+
+def joined(encoded: Encoded) -> bytes:
+    """The bytes of a reply."""
+    return encoded if isinstance(encoded, bytes) else b"".join(encoded)
 
 
 class ServerThread:

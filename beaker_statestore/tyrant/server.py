@@ -33,7 +33,7 @@ from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.apart import Job
 from beaker_statestore.tyrant.backups import Backups
 from beaker_statestore.tyrant.calls import Call
-from beaker_statestore.tyrant.commands import PUTNR, STORE_FAILED, Body, Reply
+from beaker_statestore.tyrant.commands import STORE_FAILED, Body, Reply
 from beaker_statestore.tyrant.encrypted import Encrypted
 from beaker_statestore.tyrant.http import HTTPPolicy
 from beaker_statestore.tyrant.listening import BACKLOG, SOCKET_MODE, listen
@@ -476,8 +476,6 @@ class _Connection(asyncio.Protocol):
             return call
         observe.count("server.requests_forbidden")
         logger.info("refusing %s what is masked: %s", self._peer, call.request and call.request.command.name)
-        if call.request is not None and call.request.command is PUTNR:
-            raise ProtocolError("putnr is masked, and has no reply that could say so")
         return call.refused()
 
     def settle(self, replies: list[Encoded], returned: list[Call]) -> None:
