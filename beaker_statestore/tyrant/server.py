@@ -62,6 +62,8 @@ _NOT_IN_TIME: Final = "the rest of its request did not come"
 LIGHT: Final = 64 * 1024
 #: How long `Server.stop` lets clients read their last replies, in seconds.
 DRAIN: Final = 3.0
+#: A full house is logged every so many seconds.
+COMPLAINTS: Final = 60.0
 #: So many scans are under way at a time, each for a step in a turn; others wait.
 SCANS: Final = 4
 #: How long a client that is sent away may go on sending, in seconds: closing at once would take the answer from it
@@ -135,12 +137,15 @@ class Server:
         #: Unix sockets that were made here, and go when nobody listens any more.
         self._paths: list[Path] = []
         self._connections: set[_Connection] = set()
-        self._heavy: set[_Connection] = set()
+        # How many bytes each of those held that hold many, when it last told, and all of them together.
+        self._heavy: dict[_Connection, int] = {}
+        self._held = 0
         # Connections whose turn it is, in the order in which they came.
         self._ready: dict[_Connection, None] = {}
         # The same of those that come after all of the above, since making their replies may take long.
         self._costly: dict[_Connection, None] = {}
         self._turning = False
+        self._complain_again = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
 
     async def start(self, addresses: Iterable[Address | str]) -> None:
@@ -218,6 +223,10 @@ class Server:
         """Whether there is room for ``connection``."""
         if len(self._connections) >= self.limits.connections:
             observe.count("server.connections_refused")
+            now = self._loop.time()
+            if now >= self._complain_again:
+                self._complain_again = now + COMPLAINTS
+                logger.warning("refusing connections: there are %d, as many as may be", len(self._connections))
             return False
         self._connections.add(connection)
         return True
@@ -225,7 +234,7 @@ class Server:
     def forget(self, connection: _Connection) -> None:
         """``connection`` has been lost."""
         self._connections.discard(connection)
-        self._heavy.discard(connection)
+        self._held -= self._heavy.pop(connection, 0)
 
     def ready(self, connection: _Connection) -> None:
         """``connection`` has something to be carried out."""
@@ -235,17 +244,28 @@ class Server:
             self._loop.call_soon(self._turn)
 
     def weigh(self, connection: _Connection) -> None:
-        """``connection`` holds much memory; close those that hold most until the limit is kept."""
-        self._heavy.add(connection)
-        held = {heavy: heavy.held for heavy in self._heavy}
-        self._heavy = {heavy for heavy, size in held.items() if size > LIGHT}
-        total = sum(held.values())
-        for heaviest in sorted(held, key=held.__getitem__, reverse=True):
-            if total <= self.limits.memory:
+        """``connection`` may hold more memory than before; close those that hold most until the limit is kept."""
+        self._held += self._note(connection)
+        if self._held <= self.limits.memory:
+            return
+        # They tell only when they hold more, not when their replies have gone out.
+        for heavy in list(self._heavy):
+            self._held += self._note(heavy)
+        for heaviest in sorted(self._heavy, key=self._heavy.__getitem__, reverse=True):
+            if self._held <= self.limits.memory:
                 break
-            total -= held[heaviest]
-            self._heavy.discard(heaviest)
-            heaviest.abort(f"it held {held[heaviest]} bytes of memory, the most of all")
+            size = self._heavy.pop(heaviest)
+            self._held -= size
+            heaviest.abort(f"it held {size} bytes of memory, the most of all")
+
+    def _note(self, connection: _Connection) -> int:
+        """Find out how much ``connection`` holds, and answer by how much that is more than was known."""
+        before = self._heavy.pop(connection, 0)
+        size = connection.held
+        if size <= LIGHT:
+            return -before
+        self._heavy[connection] = size
+        return size - before
 
     # -- a turn
 
