@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Final
 
@@ -31,6 +31,8 @@ from beaker_statestore.tyrant.verbs import BUILT_IN, Function
 __all__ = ["load"]
 
 ATTRIBUTE: Final = "EXTENSIONS"
+#: The probe's answer has names with blanks between.
+_NAME: Final = re.compile(rf"[!-~]{{1,{MAX_NAME}}}")
 
 
 def load(module: str) -> dict[bytes, Function]:
@@ -43,8 +45,10 @@ def load(module: str) -> dict[bytes, Function]:
         raise ConfigurationError(f"--ext {module}: it has no mapping {ATTRIBUTE} of names to functions")
     functions: dict[bytes, Function] = {}
     for name, function in found.items():
-        if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME or not callable(function):
-            raise ConfigurationError(f"--ext {module}: {name!r} in {ATTRIBUTE} is not a name with a function")
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or not callable(function):
+            raise ConfigurationError(
+                f"--ext {module}: {name!r} in {ATTRIBUTE} is not a name (ASCII, no blanks) with a function"
+            )
         if name.encode() in BUILT_IN:
             raise ConfigurationError(f"--ext {module}: {name!r} is the name of a built-in function; choose another")
         functions[name.encode()] = function
@@ -55,12 +59,13 @@ def _import(module: str) -> ModuleType:
     try:
         if not module.endswith(".py"):
             return importlib.import_module(module)
-        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+        # Under its path, so that it takes no other module's name.
+        spec = importlib.util.spec_from_file_location(module, module)
         assert spec is not None  # as there is a loader for .py
         assert spec.loader is not None
         loaded = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = loaded
         spec.loader.exec_module(loaded)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigurationError(f"--ext {module} cannot be imported: {error!r}") from error
     return loaded

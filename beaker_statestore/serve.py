@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import resource
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from ssl import CERT_REQUIRED, SSLContext
 from typing import Any, Final
@@ -31,10 +33,13 @@ from beaker_statestore.tyrant.verbs import Function
 
 __all__ = ["serve"]
 
+logger = logging.getLogger(__name__)
+
 _LIMITS: Final = ServerLimits()
 _MIB: Final = 1024 * 1024
 #: Open files that a server needs besides its connections: the store's, the listening sockets, the log.
 _OTHER_FILES: Final = 64
+_STANDARD_ERROR: Final = 2
 #: Seconds between syncs where a store needs them.
 _SYNC_INTERVAL: Final = 1.0
 
@@ -244,7 +249,9 @@ def serve(
         backups=None if backups is None else Backups(backups),
     )
     _log_to(log, logging.INFO if verbose else logging.WARNING)
-    _permit_open_files(max_connections + _OTHER_FILES)
+    # A damaged file can end the process within LMDB or Tokyo Cabinet: then at least say where.
+    faulthandler.enable(_STANDARD_ERROR)
+    limits = replace(limits, connections=_permitted_connections(max_connections))
     store, every = _open_local_store(db, sync, sync_interval)
 
     def tell() -> None:
@@ -343,9 +350,19 @@ def _log_to(path: str | None, level: int) -> None:
         raise ConfigurationError(f"cannot write to --log {path}: {error.strerror}") from error
 
 
-def _permit_open_files(wanted: int) -> None:
-    """Raise this process's limit of open files to ``wanted``, as far as it may."""
+def _permitted_connections(wanted: int) -> int:
+    """How many connections there can be, ``wanted`` if possible; the limit of open files is raised as far as may be."""
+    files = wanted + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        permitted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (permitted, hard))
+    if soft != resource.RLIM_INFINITY and soft < files:
+        files = files if hard == resource.RLIM_INFINITY else min(files, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    permitted = max(files - _OTHER_FILES, files // 2)
+    if permitted < wanted:
+        logger.warning(
+            "this process may have %d open files (ulimit -n), so it lets in %d clients at a time, not %d",
+            files,
+            permitted,
+            wanted,
+        )
+    return min(permitted, wanted)

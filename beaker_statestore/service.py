@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import logging.handlers
 import os
@@ -37,6 +38,8 @@ _SWEEP_STEP_ON_DISK: Final = 0.02
 #: Values above this many bytes are not looked into, as reading one would hold up all clients. A document of ours has a
 #: megabyte at most, and a third more encrypted, unless the application's ``max_value`` says otherwise.
 SWEEP_LARGEST: Final = 4 * 1024 * 1024
+#: Seconds between two lines of the log about the same.
+_SILENCE: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
         loop.add_signal_handler(signal.SIGHUP, self._begin_anew)
+        loop.set_exception_handler(_Report())
         await self.server.start([address for address in addresses if address != INHERITED])
         if INHERITED in addresses:
             await self._serve_on_inherited()
@@ -135,6 +139,24 @@ class Service:
             logger.warning("systemd has given this process no sockets (LISTEN_FDS)")
         for sock in sockets:
             await self.server.serve_on(sock)
+
+
+class _Report:
+    """Logs what nothing expected. That no more files can be opened is told once in a while.
+
+    asyncio asks its handler as often as the queue of a listening socket is long (`BACKLOG`), and again each second.
+    """
+
+    def __init__(self) -> None:
+        self._silent_until = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._silent_until:
+            self._silent_until = loop.time() + _SILENCE
+            logger.warning("new clients have to wait: %s; see --max-connections and `ulimit -n`", error.strerror)
 
 
 def log_to(path: str | None, level: int) -> None:

@@ -182,6 +182,10 @@ class LMDBFile:
                     "set a smaller map_size, as in lmdb:///path?map_size=1GiB"
                 ) from error
             except driver.Error as error:
+                if "data format" in str(error):  # the driver's own look at the file, from 3.0 on, has no class for it
+                    raise ConfigurationError(
+                        f"{self.path} is of an LMDB that is not known here, or damaged at its beginning ({error})"
+                    ) from error
                 _check_place(self.path)
                 raise StoreUnavailable(f"{self.path} could not be opened: {error}") from error
 

@@ -17,12 +17,13 @@ from beaker_statestore.stores.base import LocalStore
 
 __all__ = ["Backups"]
 
-#: No separators, nothing hidden, nothing that a shell would see more in than a name.
-_NAME: Final = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}")
+#: No separators, nothing hidden, nothing that a shell would see more in than a name; and none that an engine gives to
+#: a file beside a database, as it would believe what it finds there (Tokyo Cabinet's log, LMDB's locks).
+_NAME: Final = re.compile(rb"(?!.*(\.wal|-lock)\Z)[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}")
 
 
 class Backups:
-    """A directory for copies of a store. A copy gets its name when it is complete and on the disk."""
+    """A directory for the copies of one server. A copy gets its name when it is complete and on the disk."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """
@@ -35,7 +36,8 @@ class Backups:
             raise ConfigurationError(f"this process (user id {os.geteuid()}) may not make files in {self.directory}")
         # What a server has left that was killed while it wrote one.
         for unfinished in self.directory.glob(".*.unfinished"):
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
 
     def write(self, name: bytes, store: LocalStore) -> Path:
         """Copy ``store`` to a new file called ``name``, and answer its path.
@@ -46,9 +48,12 @@ class Backups:
         if not _NAME.fullmatch(name):
             shown = name[:200].decode(errors="backslashreplace")
             raise ConfigurationError(
-                f"{shown!r} is not the name of a backup: letters, digits and _.+=- , no directory, as in monday.lmdb"
+                f"{shown!r} is not the name of a backup: letters, digits and _.+=- , no directory, as in monday.lmdb, "
+                "and no .wal or -lock at the end"
             )
         path = self.directory / name.decode()
+        if os.path.lexists(path):  # which a copy, that takes long, would only find at its end
+            raise _taken(path)
         unfinished = self.directory / f".{path.name}.unfinished"
         try:
             store.backup(str(unfinished))
@@ -56,7 +61,7 @@ class Backups:
             os.link(unfinished, path, follow_symlinks=False)
             self._sync_directory()
         except FileExistsError:
-            raise ConfigurationError(f"there is a {path} already; give the backup another name") from None
+            raise _taken(path) from None
         except OSError as error:
             raise StoreUnavailable(f"the backup {path} failed: {error.strerror}") from error
         finally:
@@ -70,3 +75,7 @@ class Backups:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _taken(path: Path) -> ConfigurationError:
+    return ConfigurationError(f"there is a {path} already; give the backup another name")

@@ -9,6 +9,7 @@ its protocol, and it is refused if one of them is masked.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -87,11 +88,13 @@ _MISC: Final[Mapping[bytes, frozenset[str]]] = {
         "defrag": "optimize",
         "cacheclear": "",
         "setindex": "optimize",
-        "search": "get",
-        "metasearch": "get",
+        "search": "fwmkeys get",
+        "metasearch": "fwmkeys get",
         "genuid": "",
     }.items()
 }
+#: An argument with which a search removes what it finds: Tokyo Cabinet reads it up to a zero byte, in either case.
+_REMOVING: Final = re.compile(rb"out|remove", re.IGNORECASE)
 #: What the built-in functions of ``ext`` do. Every other one is the operator's.
 _EXT: Final[Mapping[bytes, frozenset[str]]] = {
     PROBE: frozenset(),
@@ -100,8 +103,8 @@ _EXT: Final[Mapping[bytes, frozenset[str]]] = {
     REPLACE: frozenset({"put"}),
     APPEND: frozenset({"putcat"}),
     PREPEND: frozenset({"put"}),
-    INCR: frozenset({"put"}),
-    DECR: frozenset({"put"}),
+    INCR: frozenset({"put", "addint"}),
+    DECR: frozenset({"put", "addint"}),
 }
 
 
@@ -151,7 +154,7 @@ def effects(request: Request, door: Door) -> frozenset[str]:
     name = command.name
     if command is MISC:
         function = function_name(arguments[0])
-        removes = b"out" in arguments[1] and function in (b"search", b"metasearch")
+        removes = function.endswith(b"search") and any(map(_REMOVING.match, arguments[1]))
         return _MISC.get(function, frozenset()) | {name} | ({"out"} if removes else frozenset())
     if command is EXT:
         known = _EXT.get(arguments[0])
