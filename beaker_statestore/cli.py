@@ -8,6 +8,7 @@ import click
 
 from beaker_statestore import __version__, records, who
 from beaker_statestore.exceptions import StateStoreError
+from beaker_statestore.move import copy
 from beaker_statestore.reseal import reseal
 from beaker_statestore.serve import serve
 from beaker_statestore.sweep import sweep
@@ -43,5 +44,6 @@ for command in (
     who.revoke,
     sweep,
     reseal,
+    copy,
 ):
     main.add_command(command)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Final
+from urllib.parse import quote
 
 import click
 import simplejson
@@ -35,6 +36,7 @@ __all__ = [
     "output_option",
     "record_options",
     "store_options",
+    "store_url",
 ]
 
 DEFAULT_URL: Final = "127.0.0.1:1978"
@@ -187,6 +189,18 @@ def _is_ini(where: str) -> bool:
 def configured_states(settings: Settings) -> RouterStateStorage:
     """The mail router's states in the store that the options name."""
     return RouterStateStorage(url=configured_store(settings), prefix=settings.prefix, store_key=settings.store_key)
+
+
+def store_url(text: str) -> str:
+    """The URL of the store that ``text`` names: a URL, an address, or the path of a file."""
+    if ":" in text.partition("/")[0]:
+        return text
+    path, tuned, tuning = text.partition("#")
+    if path.endswith(".lmdb"):
+        return f"lmdb://{quote(os.path.abspath(text))}"
+    if os.path.splitext(path)[1] in (".tch", ".tcb"):
+        return f"cabinet://{quote(os.path.abspath(path))}{tuned}{tuning}"
+    return text
 
 
 def configured_store(settings: Settings) -> Store:

@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from ssl import CERT_REQUIRED, SSLContext
 from typing import Any, Final
-from urllib.parse import quote
 
 import click
 
 from beaker_statestore import __version__, extensions
-from beaker_statestore.console import Seconds
+from beaker_statestore.console import Seconds, store_url
 from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.service import SWEEP_LARGEST, Service, log_to
 from beaker_statestore.stores import open_store
@@ -285,7 +284,9 @@ def _open_local_store(db: str, sync: str | None, sync_interval: float | None) ->
             sync = "interval"
         store: Store = cabinet
     else:
-        url = _url(db)
+        url = store_url(db)
+        if url != db:
+            _make_directory_of(db, db)
         if url.startswith("cabinet:") and sync is not None:
             raise ConfigurationError(f"--sync is not for URLs such as --db {db}; give the file's path by itself")
         if url.startswith("lmdb:") and sync is not None:
@@ -302,20 +303,12 @@ def _open_local_store(db: str, sync: str | None, sync_interval: float | None) ->
     return store, (sync_interval or _SYNC_INTERVAL) if sync == "interval" else None
 
 
-def _url(db: str) -> str:
-    if not db.endswith(".lmdb") or ":" in db.partition("/")[0]:
-        return db
-    path = _make_directory_of(db, db)
-    return f"lmdb://{quote(str(path))}"
-
-
-def _make_directory_of(file: str, db: str) -> Path:
-    path = Path(file).absolute()
+def _make_directory_of(file: str, db: str) -> None:
+    directory = Path(file).absolute().parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"cannot make {path.parent} for --db {db}: {error.strerror}") from error
-    return path
+        raise ConfigurationError(f"cannot make {directory} for --db {db}: {error.strerror}") from error
 
 
 def _tls(cert: str | None, key: str | None, ca: str | None) -> SSLContext | None:

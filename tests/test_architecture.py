@@ -58,7 +58,7 @@ LAYERS = [
     [["stores.tyrant"], ["tyrant.pytyrant"], ["tyrant.server"], ["stores"]],
     [["codec", "sessionindex", "sessionrecord", "sessions", "namespace", "router", "websession"]],
     [["testing.processes", "testing.conformance", "testing.faults", "testing"], ["console"]],
-    [["extensions", "service", "serve"], ["records"], ["sweep"], ["reseal"], ["who"]],
+    [["extensions", "service", "serve"], ["records"], ["sweep"], ["reseal"], ["move"], ["who"]],
     [["cli", "__main__"]],
 ]
 PLACES = {
