@@ -58,6 +58,8 @@ def copy(source: str, target: str, prefix: str, overwrite: bool, output: Output)
         output.value({"copied": copied, "source": total})
     else:
         output.line(f"copied {copied:,} of {total:,} records")
+        if copied < total and not prefix:
+            output.line("the others are further values of their keys, or went meanwhile")
 
 
 def _groups(store: Store, prefix: bytes) -> Iterator[dict[bytes, bytes]]:

@@ -72,7 +72,11 @@ class Service:
         loop.set_exception_handler(_Report())
         await self.server.start([address for address in addresses if address != INHERITED])
         if INHERITED in addresses:
-            await self._serve_on_inherited()
+            try:
+                await self._serve_on_inherited()
+            except BaseException:
+                await self.server.stop()
+                raise
         started()
         _notify(b"READY=1")
         tasks = []
@@ -91,8 +95,9 @@ class Service:
 
     def _begin_anew(self) -> None:
         for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.handlers.WatchedFileHandler):
-                handler.reopenIfNeeded()
+            if isinstance(handler, _LogFile):
+                with contextlib.suppress(OSError):  # the next line tells
+                    handler.reopenIfNeeded()
         try:
             self.renew()
         except ConfigurationError as error:
@@ -136,7 +141,9 @@ class Service:
     async def _serve_on_inherited(self) -> None:
         sockets = inherited(allow_remote=self.server.options.allow_remote)
         if not sockets:
-            logger.warning("systemd has given this process no sockets (LISTEN_FDS)")
+            raise ConfigurationError(
+                "--listen systemd: systemd has given this process no sockets (LISTEN_FDS); let its .socket unit start it"
+            )
         for sock in sockets:
             await self.server.serve_on(sock)
 
@@ -159,6 +166,16 @@ class _Report:
             logger.warning("new clients have to wait: %s; see --max-connections and `ulimit -n`", error.strerror)
 
 
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """A file that cannot be opened anew is told of on standard error, and keeps nobody from what they were doing."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+
 def log_to(path: str | None, level: int) -> None:
     """Log from now on to the file ``path``, or to standard error, what is of ``level`` or above.
 
@@ -166,7 +183,7 @@ def log_to(path: str | None, level: int) -> None:
 
     :raises OSError: the file cannot be written.
     """
-    handler = logging.StreamHandler() if path is None else logging.handlers.WatchedFileHandler(path)
+    handler = logging.StreamHandler() if path is None else _LogFile(path)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[handler])
 
 
