@@ -110,9 +110,13 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
     metavar="MODE",
     help="Who may connect to a Unix socket; 660 lets its group in.",
 )
-@click.option("--tls-cert", type=click.Path(), help="Speak TLS on TCP, with this certificate (PEM, with its chain).")
+@click.option(
+    "--tls-cert",
+    type=click.Path(),
+    help="Speak TLS on TCP, with this certificate (PEM, with its chain). SIGHUP reads it anew.",
+)
 @click.option("--tls-key", type=click.Path(), help="The certificate's key, if it is in a file of its own.")
-@click.option("--tls-ca", type=click.Path(), help="Let only clients in whose certificate one of these has signed.")
+@click.option("--tls-ca", type=click.Path(), help="Let in only clients whose certificate one of these has signed.")
 @click.option("--http", "with_http", is_flag=True, help="Answer HTTP too, on the same port.")
 @click.option(
     "--http-host",
@@ -126,15 +130,16 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
     "masked",
     multiple=True,
     metavar="NAMES",
-    help="Commands and groups that no client may use, in ttserver's words, with commas between: vanish, allwrite, "
-    "allmc, all, ...; functions stands for those of --ext. What is said of one goes before what is said of many.",
+    help="Commands and groups that no client may use, in ttserver's words, with commas between, such as put, allwrite, "
+    "allmc (memcached) or all; functions stands for those of --ext. What is said of a command goes before what is "
+    "said of a group, and that before all, whether by --mask or by --unmask.",
 )
 @click.option(
     "--unmask",
     "unmasked",
     multiple=True,
     metavar="NAMES",
-    help="Those that clients may use after all, for which TCP is closed unless you say so: "
+    help="Commands and groups that clients may use. For TCP these are masked unless you unmask them: "
     f"{', '.join(sorted(CLOSED.forbidden))}.",
 )
 @click.option(
@@ -148,21 +153,26 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
     "--backups",
     type=click.Path(),
     metavar="DIRECTORY",
-    help="Where `copy` may make new files. It is masked for TCP; --unmask copy.",
+    help="Where `copy` may make new files. For TCP, `copy` is masked: give --unmask copy, too.",
 )
 @click.option(
-    "--max-connections", type=click.IntRange(min=1), default=_LIMITS.connections, show_default=True, metavar="N"
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=_LIMITS.connections,
+    show_default=True,
+    metavar="N",
+    help="How many clients may be connected; more are sent away at once.",
 )
 @_mebibytes("--max-message", _LIMITS.message, "The largest request, and the largest value.", 256)
 @_mebibytes("--max-reply", _LIMITS.reply, "The largest reply, and so what one client can leave unread.", 256)
-@_mebibytes("--max-memory", _LIMITS.memory, "What half requests and unread replies of all clients may take up.")
+@_mebibytes("--max-memory", _LIMITS.memory, "What unfinished requests and unread replies of all clients may take up.")
 @click.option(
     "--max-keys",
     type=click.IntRange(min=1),
     default=_LIMITS.keys,
     show_default=True,
     metavar="N",
-    help="How many keys one request may look for (fwmkeys, misc regex and range).",
+    help="How many keys one request may find (fwmkeys, misc regex and range).",
 )
 @click.option(
     "--patience",
@@ -195,9 +205,13 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
 @click.option(
     "--log",
     type=click.Path(dir_okay=False),
-    help="Log to this file; SIGHUP opens it anew, and reads the certificate anew.  [default: stderr]",
+    help="Log to this file; SIGHUP opens it anew.  [default: stderr]",
 )
-@click.option("--verbose", is_flag=True, help="Log each connection that is closed for cause, and each sweep.")
+@click.option(
+    "--verbose",
+    is_flag=True,
+    help="Log, too, each connection that is closed for cause, what is refused, and each sweep and copy.",
+)
 def serve(
     addresses: Sequence[str],
     db: str,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from beaker_statestore.complaints import Complaints
 from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.sweeper import BATCH, Sweeper
@@ -38,8 +39,6 @@ _SWEEP_STEP_ON_DISK: Final = 0.02
 #: Values above this many bytes are not looked into, as reading one would hold up all clients. A document of ours has a
 #: megabyte at most, and a third more encrypted, unless the application's ``max_value`` says otherwise.
 SWEEP_LARGEST: Final = 4 * 1024 * 1024
-#: Seconds between two lines of the log about the same.
-_SILENCE: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Service:
         sockets = inherited(allow_remote=self.server.options.allow_remote)
         if not sockets:
             raise ConfigurationError(
-                "--listen systemd: systemd has given this process no sockets (LISTEN_FDS); let its .socket unit start it"
+                "--listen systemd: systemd has given this process no sockets (LISTEN_FDS); start its .socket unit"
             )
         for sock in sockets:
             await self.server.serve_on(sock)
@@ -155,19 +154,18 @@ class _Report:
     """
 
     def __init__(self) -> None:
-        self._silent_until = 0.0
+        self._complain = Complaints(logger)
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            self._complain("new clients have to wait: %s; see --max-connections and `ulimit -n`", error.strerror)
+        else:
             loop.default_exception_handler(context)
-        elif loop.time() >= self._silent_until:
-            self._silent_until = loop.time() + _SILENCE
-            logger.warning("new clients have to wait: %s; see --max-connections and `ulimit -n`", error.strerror)
 
 
 class _LogFile(logging.handlers.WatchedFileHandler):
-    """A file that cannot be opened anew is told of on standard error, and keeps nobody from what they were doing."""
+    """As its base, and says on standard error when the file cannot be opened anew, in place of failing who logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

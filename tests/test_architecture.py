@@ -19,7 +19,7 @@ PACKAGE = "beaker_statestore"
 #: The modules of each layer, lowest layer first. In a layer, a module may import those that stand before it in its
 #: row, and none of the other rows: rows are strangers to each other, as the client is to the server.
 LAYERS = [
-    [["exceptions"], ["observe"], ["ports"]],
+    [["exceptions"], ["observe"], ["ports"], ["complaints"]],
     [
         [
             "tyrant",

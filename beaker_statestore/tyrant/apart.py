@@ -12,7 +12,8 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Final, NamedTuple
 
-from beaker_statestore.exceptions import StateStoreError
+from beaker_statestore.complaints import Complaints
+from beaker_statestore.exceptions import ConfigurationError, StateStoreError
 from beaker_statestore.stores.base import LocalStore, LocalVerbs
 from beaker_statestore.tyrant import commands, ere
 from beaker_statestore.tyrant.backups import Backups
@@ -47,7 +48,8 @@ class Backup(Job):
 
     waits = True
 
-    def __init__(self, name: bytes, store: LocalStore, backups: Backups | None) -> None:
+    def __init__(self, name: bytes, store: LocalStore, backups: Backups | None, complain: Complaints) -> None:
+        self._complain = complain
         self._name = name
         self._store = store
         self._backups = backups
@@ -55,13 +57,16 @@ class Backup(Job):
     def step(self) -> bool:
         """Write the whole copy."""
         if self._backups is None:
-            logger.warning("a client asked for a copy, and there is no directory for backups")
+            self._complain("a client asked for a copy, and there is no directory for backups")
             self.reply = Reply(FAILURE)
             return True
         try:
             path = self._backups.write(self._name, self._store)
+        except ConfigurationError as error:
+            self._complain("a copy failed: %s", error)
+            self.reply = Reply(FAILURE)
         except StateStoreError as error:
-            logger.warning("a copy failed: %s", error)
+            logger.error("a copy failed: %s", error)
             self.reply = Reply(FAILURE)
         else:
             logger.info("copied the store to %s", path)
@@ -94,11 +99,12 @@ class Found(NamedTuple):
 class Scan(Job):
     """A request for all keys of some kind, perhaps with their values."""
 
-    def __init__(self, plan: Plan, store: LocalStore, *, keys: int, longest: int) -> None:
+    def __init__(self, plan: Plan, store: LocalStore, complain: Complaints, *, keys: int, longest: int) -> None:
         """
         :param keys: if there are more than so many, it fails.
         :param longest: so many bytes may be found at most.
         """
+        self._complain = complain
         self._plan = plan
         self._store = store
         self._keys = keys
@@ -116,10 +122,10 @@ class Scan(Job):
         self._count += found.keys
         self._room -= sum(map(len, found.pieces))
         if self._room < 0:
-            logger.warning("a client asked for more than a reply may hold")
+            self._complain("a client asked for more than a reply may hold")
             return self._end(Reply(STORE_FAILED))
         if self._count > self._keys:
-            logger.warning("a client asked for more than %d keys at once", self._keys)
+            self._complain("a client asked for more than %d keys at once", self._keys)
             return self._end(Reply(STORE_FAILED))
         if found.last is None or self._count == self._plan.maximum:
             return self._end(Reply(SUCCESS, self._found))

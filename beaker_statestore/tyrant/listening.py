@@ -66,7 +66,10 @@ def inherited(*, allow_remote: bool = False) -> list[socket.socket]:
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    count = int(os.environ.get("LISTEN_FDS", "0"))
+    try:
+        count = int(os.environ.get("LISTEN_FDS", "0"))
+    except ValueError:
+        raise ConfigurationError(f"LISTEN_FDS={os.environ['LISTEN_FDS']} is no number of file descriptors") from None
     sockets = []
     for number in range(_FIRST_INHERITED, _FIRST_INHERITED + count):
         try:

@@ -19,14 +19,16 @@ import logging
 import math
 import socket
 import ssl
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from beaker_statestore import observe
+from beaker_statestore.complaints import Complaints
 from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.tyrant.address import Address
@@ -57,13 +59,13 @@ READ_AHEAD: Final = 256 * 1024
 #: bytes a second, would take.
 COSTLY: Final = 1024 * 1024
 COSTLY_RATE: Final = 16 * 1024 * 1024
+#: But after so many turns without one of them, one of them comes first, as there may always be others.
+PASSED_OVER: Final = 4
 _NOT_IN_TIME: Final = "the rest of its request did not come"
 #: Connections that hold less than this do not count for the limit of memory.
 LIGHT: Final = 64 * 1024
 #: How long `Server.stop` lets clients read their last replies, in seconds.
 DRAIN: Final = 3.0
-#: A full house is logged every so many seconds.
-COMPLAINTS: Final = 60.0
 #: So many scans are under way at a time, each for a step in a turn; others wait.
 SCANS: Final = 4
 #: How long a client that is sent away may go on sending, in seconds: closing at once would take the answer from it
@@ -144,8 +146,10 @@ class Server:
         self._ready: dict[_Connection, None] = {}
         # The same of those that come after all of the above, since making their replies may take long.
         self._costly: dict[_Connection, None] = {}
+        #: So many turns have passed over the latter.
+        self._passed_over = 0
         self._turning = False
-        self._complain_again = 0.0
+        self._complain = Complaints(logger)
         self._idle_timer: asyncio.TimerHandle | None = None
 
     async def start(self, addresses: Iterable[Address | str]) -> None:
@@ -171,7 +175,9 @@ class Server:
         """Accept connections on ``sock``, which listens, and belongs to the server from now on."""
         self.addresses.append(Address.of(sock.getsockname()))
         if sock.family == socket.AF_UNIX:
-            listener = await self._loop.create_unix_server(self._admit_unix, sock=sock, backlog=BACKLOG)
+            # From Python 3.13 on it would remove the socket's file, which may be systemd's.
+            stays: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            listener = await self._loop.create_unix_server(self._admit_unix, sock=sock, backlog=BACKLOG, **stays)
         else:
             listener = await self._loop.create_server(self._admit_tcp, sock=sock, backlog=BACKLOG)
         self._listeners.append(listener)
@@ -223,10 +229,7 @@ class Server:
         """Whether there is room for ``connection``."""
         if len(self._connections) >= self.limits.connections:
             observe.count("server.connections_refused")
-            now = self._loop.time()
-            if now >= self._complain_again:
-                self._complain_again = now + COMPLAINTS
-                logger.warning("refusing connections: there are %d, as many as may be", len(self._connections))
+            self._complain("refusing a client: %d are connected, as many as may be", len(self._connections))
             return False
         self._connections.add(connection)
         return True
@@ -274,16 +277,19 @@ class Server:
         taken: list[tuple[_Connection, int]] = []
         calls: list[Call] = []
         while len(calls) < BATCH:
-            # Both in one batch only where a batch costs a wait for the disk; else the costly ones would hold it up.
-            queue = self._ready or (self._costly if self._blocking or not calls else None)
-            if not queue:
+            connection = self._next_connection(bool(calls))
+            if connection is None:
                 break
-            connection = next(iter(queue))
-            del queue[connection]
-            share = connection.take(min(SHARE, BATCH - len(calls)))
+            try:
+                share = connection.take(min(SHARE, BATCH - len(calls)))
+            except Exception as error:  # noqa: BLE001 - a defect; without the next turn, all would wait for ever
+                report(error)
+                connection.abort(f"its requests could not be read: {error!r}")
+                continue
             if not connection.apart:
                 taken.append((connection, len(share)))
                 calls += share
+        self._passed_over += bool(self._costly)
         if not calls:
             self._settle(taken, calls, [])
         elif self._blocking or any(call.request is not None and waits_for_disk(call.request) for call in calls):
@@ -291,6 +297,24 @@ class Server:
             batch.add_done_callback(lambda done: self._conclude(taken, calls, done.result))
         else:
             self._conclude(taken, calls, lambda: self._executor.execute(calls))
+
+    def _next_connection(self, some: bool) -> _Connection | None:
+        """Whose calls are to be taken next; ``None``: nobody's in this turn, which has ``some`` already."""
+        if self._costly and self._passed_over >= PASSED_OVER:
+            queue = self._costly
+        elif self._ready:
+            queue = self._ready
+        elif self._blocking or not some:
+            # Both in one batch only where a batch costs a wait for the disk; else the costly ones would hold it up.
+            queue = self._costly
+        else:
+            return None
+        connection = next(iter(queue), None)
+        if queue is self._costly:
+            self._passed_over = 0
+        if connection is not None:
+            del queue[connection]
+        return connection
 
     def _conclude(
         self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: Callable[[], list[Encoded]]
@@ -388,23 +412,25 @@ class _Connection(asyncio.Protocol):
         self._frame_timer: asyncio.TimerHandle | None = None
         #: The timer went off while something was to be carried out, which may be the rest of the request.
         self._overdue = False
-        #: Until when it is held to be `costly`; at first, since nothing is known of it.
-        self._costly_until = math.inf
+        #: Until when it is held to be `costly`.
+        self._costly_until = 0.0
 
     @property
     def costly(self) -> bool:
-        """Whether its next reply may be as long as one that it had a short while ago, or nothing is known of it."""
+        """Whether its next reply may be as long as one that it had a short while ago."""
         return self._loop.time() < self._costly_until
 
     @property
     def held(self) -> int:
         """How many bytes are kept for it."""
-        return self._decoder.buffered + (0 if self.lost else self._transport.get_write_buffer_size())
+        return self._decoder.held + (0 if self.lost else self._transport.get_write_buffer_size())
 
     @property
     def idle_since(self) -> float:
         """Since when it has asked for nothing, in the loop's time."""
-        return math.inf if self._busy or self._decoder.midway else self._idle_since
+        if self._busy or self._decoder.midway or self._transport.get_write_buffer_size():
+            return math.inf
+        return self._idle_since
 
     # -- what the loop tells
 
@@ -439,9 +465,9 @@ class _Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._may_write = True
-        if not self._transport.is_closing():
+        if self._busy or not self._ending:
             _cancel(self._reply_timer)
-        if self._busy:
+        if self._busy and not self.apart:
             self._server.ready(self)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -507,8 +533,6 @@ class _Connection(asyncio.Protocol):
         size = sum(map(encoded_length, replies))
         if size > COSTLY:
             self._costly_until = self._loop.time() + size / COSTLY_RATE
-        elif replies and self._costly_until == math.inf:
-            self._costly_until = 0.0
         # With uvloop, and from Python 3.12 on with asyncio, without a copy of what is long.
         self._transport.writelines(_joined(replies))
         self._weigh()

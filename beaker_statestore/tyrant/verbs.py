@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from beaker_statestore import observe
+from beaker_statestore.complaints import Complaints
 from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError, StateStoreError
 from beaker_statestore.stores.base import LocalStore, LocalVerbs, Verbs
 from beaker_statestore.tyrant import commands, paging, swap
@@ -100,6 +101,7 @@ class Executor:
         self._position: Position | None = None
         self._calls: Counter[Command] = Counter()
         self._misses: Counter[Command] = Counter()
+        self._complain = Complaints(logger)
 
     def execute(self, calls: Sequence[Call]) -> list[Encoded]:
         """Carry out the first of ``calls`` and answer their replies.
@@ -141,14 +143,14 @@ class Executor:
         """
         if request.command is commands.COPY:
             self._calls[request.command] += 1
-            return Backup(request.arguments[0], self._store, self._reach.backups)
+            return Backup(request.arguments[0], self._store, self._reach.backups, self._complain)
         if request.command not in _MAY_SCAN or request.command.name in self._store.native:
             return None
         plan = scan_for(request)
         if plan is None:
             return None
         self._calls[request.command] += 1
-        return Scan(plan, self._store, keys=self._reach.keys, longest=self._reach.reply)
+        return Scan(plan, self._store, self._complain, keys=self._reach.keys, longest=self._reach.reply)
 
     def _attempt(self, calls: Sequence[Call]) -> list[Encoded]:
         # An operation must not touch the store but through its verbs, so this is asked before.
@@ -390,7 +392,13 @@ class Run:
             return built_in(self, key, value)
         function = self._reach.functions.get(name)
         result = None if function is None else function(self.records, key, value)
-        return FAILED if result is None else Reply(SUCCESS, bytes(result))
+        if result is None:
+            return FAILED
+        if not isinstance(result, (bytes, bytearray, memoryview)):  # of a number, bytes() makes so many zeros
+            raise TypeError(f"the function {name.decode()} answers {type(result).__name__}, not bytes or None")
+        if len(result) > self._reach.reply:
+            raise _TooLongError
+        return Reply(SUCCESS, bytes(result))
 
     def probe(self, key: bytes, value: bytes) -> Reply:
         return Reply(SUCCESS, b" ".join([*_EXTENSIONS, *self._reach.functions]))

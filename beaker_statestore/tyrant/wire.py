@@ -75,6 +75,9 @@ class Line(NamedTuple):
 
 #: From this length on, in bytes, strings are not joined to be sent, and are received in pieces of about this length.
 LONG: Final = 256 * 1024
+#: What a string takes of Python's memory besides its bytes, with its place in a list: 48, but of every two strings of
+#: a list one is a length, and not kept.
+OBJECT: Final = 24
 #: What is to be sent. In parts if it is long: a copy, and room for it, would cost more than all the rest.
 Encoded = bytes | tuple[bytes, ...]
 
@@ -269,6 +272,8 @@ class Decoder(Generic[T]):
         self._reading: Reading[T] | None = None
         self._wanted: int | Line = 0
         self._read_so_far = 0
+        #: Of how many strings that is.
+        self._strings = 0
         #: In so many bytes of what is unread there is no line feed.
         self._searched = 0
         self._broken: ProtocolError | None = None
@@ -307,6 +312,11 @@ class Decoder(Generic[T]):
         return self._unread + (self._read_so_far if self._reading is not None else 0)
 
     @property
+    def held(self) -> int:
+        """How much memory they take up, at most: a list of short strings takes many times what it has bytes."""
+        return self.buffered + (OBJECT * self._strings if self._reading is not None else 0)
+
+    @property
     def _unread(self) -> int:
         return len(self._buffer) - self._position + self._in_pieces
 
@@ -335,7 +345,7 @@ class Decoder(Generic[T]):
                 return None
             self._reading = self._read()
             self._wanted = next(self._reading)
-            self._read_so_far = 0
+            self._read_so_far = self._strings = 0
         message: T | None = None
         while True:
             wanted = self._wanted
@@ -344,6 +354,7 @@ class Decoder(Generic[T]):
                 break
             piece = self._take(length)
             self._read_so_far += length
+            self._strings += 1
             try:
                 self._wanted = wanted = self._reading.send(piece)
             except StopIteration as stop:
