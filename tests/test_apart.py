@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +32,7 @@ from beaker_statestore.tyrant.commands import (
     STAT,
     STORE_FAILED,
     SUCCESS,
+    TOO_MUCH,
     VSIZ,
     Reply,
     Request,
@@ -224,7 +226,7 @@ def test_too_many_keys_fail_and_are_not_cut_off(loop: str, caplog: pytest.LogCap
         assert client.ask(FWMKEYS(b"", -1), PUT(b"one more", b"v")) == [Reply(SUCCESS, keys(limit)), OK]
         for request in (FWMKEYS(b"", -1), FWMKEYS(b"", limit + 1), regex(b"."), misc(b"range")):
             (reply,) = client.ask(request)
-            assert reply.status == STORE_FAILED
+            assert reply.status == TOO_MUCH
             assert not reply.value
         # Whoever asks for no more than that gets it.
         assert client.ask(FWMKEYS(b"", limit)) == [Reply(SUCCESS, keys(limit))]
@@ -239,7 +241,7 @@ def test_no_scan_goes_on_once_there_are_too_many(caplog: pytest.LogCaptureFixtur
     filled(store)
     store.order.clear()
     with ServerThread(store, limits=ServerLimits(keys=10)) as server, server.connect() as client:
-        assert client.ask(FWMKEYS(b"", -1)) == [Reply(STORE_FAILED)]
+        assert client.ask(FWMKEYS(b"", -1)) == [Reply(TOO_MUCH)]
     assert store.order == ["_look"]
 
 
@@ -249,13 +251,44 @@ def test_what_is_too_long_for_a_reply_fails_in_time(caplog: pytest.LogCaptureFix
     store.order.clear()
     with ServerThread(store, limits=ServerLimits(reply=1 << 20)) as server, server.connect() as client:
         (reply,) = client.ask(misc(b"range"))
-        assert reply.status == STORE_FAILED
+        assert reply.status == TOO_MUCH
         assert len(store.order) <= 6  # of some 200
         (reply,) = client.ask(misc(b"range", b"", b"10"))
         assert reply.status == SUCCESS
         assert len(reply.value) == 20
         assert client.ask(FWMKEYS(b"", -1)) == [Reply(SUCCESS, keys(500))]
     assert "a client asked for more than a reply may hold" in caplog.text
+
+
+@pytest.mark.parametrize("expression", [b"|" * 60_000, b"(a|" * 90 + b"b" + b")" * 90 + b"{9}", b"a" * 1001])
+def test_an_expression_that_is_too_large_is_refused_before_anything_is_looked_at(expression: bytes) -> None:
+    store = Counting()
+    filled(store)
+    store.order.clear()
+    with ServerThread(store) as server, server.connect() as client:
+        (reply,) = client.ask(regex(expression))
+    assert reply == Reply(FAILURE, [])
+    assert "_look" not in store.order
+
+
+def test_an_expression_is_not_looked_for_in_a_key_that_is_too_long_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    store.put_many({b"a" * 3000 + b"c": b"found", b"k": b""})
+    with ServerThread(store) as server, server.connect() as client:
+        (reply,) = client.ask(regex(b"a[ab]{9}c"))
+        assert reply.value == [b"a" * 3000 + b"c", b"found"]
+        assert client.ask(regex(b"a[ab]{200}c")) == [Reply(TOO_MUCH, [])]
+    assert "too large to be looked for in a key of 3001 bytes" in caplog.text
+
+
+def test_a_step_ends_when_it_has_taken_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "STEP_SECONDS", 0.0)
+    store = Counting()
+    store.put_many(dict.fromkeys(keys(50), b"v"))
+    store.order.clear()
+    with ServerThread(store) as server, server.connect() as client:
+        assert client.ask(FWMKEYS(b"", -1), misc(b"range", keys(50)[10]))[0].value == keys(50)
+    assert store.order.count("_look") == 50 + 40
 
 
 def test_a_step_ends_early_where_keys_are_long_though_none_is_found() -> None:
@@ -440,27 +473,34 @@ def test_a_scan_in_which_the_store_fails_is_answered_so_and_harms_nobody(
     assert "the store failed" in caplog.text
 
 
-@pytest.mark.parametrize("drain", [0.02, 3.0])
-def test_a_server_can_be_stopped_in_the_middle_of_a_scan(
-    loop: str, drain: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_module, "DRAIN", drain)
-    store = Counting()
-    filled(store, 100_000)
-    store.order.clear()
-    with ServerThread(store, loop=loop) as server, server.connect() as client, server.connect() as other:
+def test_a_server_that_is_stopped_carries_out_a_scan_for_which_there_is_time(loop: str) -> None:
+    store = Stepping()
+    filled(store)
+    with ServerThread(store, loop=loop) as server, server.connect() as client:
         client.send(encode_request(regex(b"nothing")) + encode_request(RNUM()))
-        other.send(encode_request(regex(b"nothing")))
-        eventually(lambda: "_look" in store.order)
+        server.catch_up()
+        store.free = True
+        store.permits.release()
         server.stop()
-        steps = len(store.order)
-        if drain > 1:  # which is enough for it
-            assert client.receive_to_end() == bytes(5) + b"\0" + (100_000).to_bytes(8, "big")
-        else:
-            assert client.is_closed()
-            assert steps < 400
+        assert client.receive_to_end() == bytes(5) + b"\0" + MANY.to_bytes(8, "big")
+
+
+def test_a_server_that_is_stopped_waits_for_no_scan_that_takes_longer(
+    loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "DRAIN", 0.02)
+    store = Stepping()
+    filled(store)
+    with ServerThread(store, loop=loop) as server, server.connect() as client, ThreadPoolExecutor(1) as pool:
+        client.send(encode_request(regex(b"nothing")))
+        server.catch_up()
+        stopping = pool.submit(server.stop)
+        assert client.is_closed()
+        store.permits.release()
+        stopping.result(PATIENCE)
+        assert store.steps == 1
         assert server.run(_nothing()) is None
-        assert len(store.order) == steps
+        assert store.steps == 1
 
 
 async def _nothing() -> None:

@@ -223,7 +223,7 @@ CASES = [
     binary(SETMST(b"x", 1, 0, 0), ""),
     binary(RNUM(), ""),
     binary(SIZE(), ""),
-    binary(STAT(), ""),
+    binary(STAT(), "rnum size"),
     misc(b"put", b"k", b"v", named="put", changes=True),
     misc(b"put\0anything", b"k", b"v", named="put", changes=True),
     misc(b"putkeep", b"new", b"v", named="putkeep", changes=True),
@@ -267,7 +267,7 @@ CASES = [
     memcached(b"decr k 1 noreply\r\n", "put addint", changes=True),
     memcached(b"flush_all\r\n", "vanish", changes=True),
     memcached(b"flush_all noreply\r\n", "vanish", changes=True),
-    memcached(b"stats\r\n", "stat"),
+    memcached(b"stats\r\n", "stat rnum size"),
     memcached(b"version\r\n", ""),
     http(b"GET", "get"),
     http(b"HEAD", "get"),
@@ -275,7 +275,7 @@ CASES = [
     http(b"PUT", "putkeep", key=b"new", head=b"X-TT-PDMODE: 1\r\n", body=b"v", changes=True),
     http(b"PUT", "putcat", head=b"X-TT-PDMODE: 2\r\n", body=b"v", changes=True),
     http(b"DELETE", "out", changes=True),
-    http(b"OPTIONS", "stat"),
+    http(b"OPTIONS", "stat rnum size"),
     http(b"POST", "misc put", head=b"X-TT-MNAME: put\r\n", body=b"a=k&b=v", changes=True),
     http(b"POST", "misc put", head=b"X-TT-MNAME: putlist\r\n", body=b"a=k&b=v", changes=True),
     http(b"POST", "misc vanish", head=b"X-TT-MNAME: vanish\r\n", changes=True),
@@ -380,7 +380,8 @@ def test_no_other_is_carried_out_by_tokyo_cabinet(tmp_path: Path, name: bytes) -
 @pytest.mark.parametrize("function", [b"search", b"metasearch"])
 @pytest.mark.parametrize("argument", [b"out", b"OUT", b"Remove", b"out\0", b"remove\0x"])
 def test_a_search_that_removes_what_it_finds_is_masked_as_removing(function: bytes, argument: bytes) -> None:
-    assert "out" in effects(MISC(function, [b"addcond\0a\0STREQ\0b", argument], 0), Door.BINARY)
+    # All that there is, perhaps.
+    assert {"out", "vanish"} <= effects(MISC(function, [b"addcond\0a\0STREQ\0b", argument], 0), Door.BINARY)
     assert "out" not in effects(MISC(function, [b"addcond\0a\0STREQ\0out"], 0), Door.BINARY)
 
 

@@ -19,7 +19,7 @@ from beaker_statestore.stores.lmdb import LMDBStore
 from beaker_statestore.stores.memory import MemoryStore
 from beaker_statestore.testing import ServerProcess
 from beaker_statestore.tyrant import server as server_module
-from beaker_statestore.tyrant import swap
+from beaker_statestore.tyrant import swap, verbs
 from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.client import Client, Pool
 from beaker_statestore.tyrant.commands import (
@@ -176,6 +176,46 @@ def test_whoever_had_a_long_reply_comes_after_others_and_yet_has_a_turn(
         assert costly.receive(1) == b"\0"
     assert len(batches) > 40
     assert 0 < batches.index(True) < 10
+
+
+def test_a_batch_ends_when_it_has_taken_long_enough_and_the_others_go_on_first(
+    loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verbs, "LONG_ENOUGH", 0.0)
+    executed: list[int] = []
+
+    class Watched(MemoryStore):
+        def apply(self, operations: Sequence[Callable[[LocalVerbs], T]]) -> list[T]:
+            results = super().apply(operations)
+            executed.append(int(self._get_records().get(b"n", b"-1")))
+            return results
+
+    with ServerThread(Watched(), loop=loop) as server, server.connect() as many, server.connect() as few:
+        with server.paused():
+            many.send(b"".join(encode_request(PUT(b"n", b"%d" % number)) for number in range(100)))
+            few.send(encode_request(PUT(b"n", b"1000")))
+            del executed[:]
+        assert many.receive(100) == bytes(100)
+        assert few.receive(1) == b"\0"
+    assert executed.index(1000) < 4
+    assert [number for number in executed if number != 1000] == list(range(100))
+
+
+def test_a_reply_of_very_many_parts_arrives(loop: str) -> None:
+    limits = ServerLimits(items=2**21)
+    with ServerThread(MemoryStore(), loop=loop, limits=limits) as server, server.connect() as client:
+        client.ask(PUT(b"k", b"v"))
+        (reply,) = client.ask(MGET([b"k"] * 700_000))
+        assert len(reply.value) == 700_000
+
+
+def test_a_list_has_no_more_elements_than_may_be(loop: str) -> None:
+    with ServerThread(MemoryStore(), loop=loop, limits=ServerLimits(items=10)) as server, server.connect() as client:
+        assert client.ask(MGET([b"k"] * 10), PUT(b"k", b"v")) == [Reply(SUCCESS, []), Reply(SUCCESS)]
+        client.send(encode_request(MGET([b"k"] * 11)) + encode_request(PUT(b"k", b"w")))
+        assert client.is_closed()
+        with server.connect() as other:
+            assert other.ask(GET(b"k")) == [Reply(SUCCESS, b"v")]
 
 
 # -- what is not to be executed

@@ -17,24 +17,29 @@ from beaker_statestore.tyrant import paging, swap
 from beaker_statestore.tyrant.commands import (
     ADDDOUBLE,
     ADDINT,
+    APPEND,
     CAS,
     COPY,
+    DECR,
     EXT,
     FAILURE,
     FWMKEYS,
     GET,
+    INCR,
     ITERINIT,
     ITERNEXT,
     MGET,
     MISC,
     OPTIMIZE,
     OUT,
+    PREPEND,
     PROBE,
     PUT,
     PUTCAT,
     PUTKEEP,
     PUTNR,
     PUTSHL,
+    REPLACE,
     RESTORE,
     RNUM,
     SCAN,
@@ -44,6 +49,7 @@ from beaker_statestore.tyrant.commands import (
     STORE_FAILED,
     SUCCESS,
     SYNC,
+    TOO_MUCH,
     VANISH,
     VSIZ,
     Reply,
@@ -348,6 +354,30 @@ def test_the_probe_names_our_functions_and_does_nothing(client: Client) -> None:
     assert client(RNUM()).value == 0
 
 
+@pytest.mark.parametrize(
+    ("function", "stored", "value", "left", "answer"),
+    [
+        (REPLACE, b"old", b"new", b"new", b""),
+        (APPEND, b"old", b"new", b"oldnew", b""),
+        (APPEND, b"a secret", b"", b"a secret", b""),  # who may write need not be one who may read
+        (PREPEND, b"old", b"new", b"newold", b""),
+        (INCR, b"7", b"5", b"12", b"12"),
+        (DECR, b"7", b"50", b"0", b"0"),
+        (INCR, b"9223372036854775807", b"1", b"0", b"0"),
+        (INCR, b"12 apples", b"-2 pears", b"10", b"10"),
+        (INCR, b"none", b"4", b"4", b"4"),
+    ],
+)
+def test_memcacheds_changes_are_functions(
+    client: Client, function: bytes, stored: bytes, value: bytes, left: bytes, answer: bytes
+) -> None:
+    assert client(EXT(function, b"k", value, 0)) == FAILED
+    assert client(RNUM()).value == 0
+    client(PUT(b"k", stored))
+    assert client(EXT(function, b"k", value, 0)) == Reply(SUCCESS, answer)
+    assert client(GET(b"k")).value == left
+
+
 @pytest.mark.parametrize("stored", [None, b"", b"old", b"other"])
 @pytest.mark.parametrize("expected", [None, b"", b"old"])
 @pytest.mark.parametrize("new", [None, b"", b"new"])
@@ -447,7 +477,7 @@ def test_a_reply_that_would_be_too_long_is_none(store: LocalStore, request_: Req
     store.put_many({b"k%d" % number: b"v" * 200 for number in range(6)})
     store.put_many({b"long%d" % number + b"k" * 300: b"" for number in range(4)})
     client = Client(store, longest=1000)
-    assert client(request_).status == STORE_FAILED
+    assert client(request_).status == TOO_MUCH
     assert client(MGET([b"k1"] * 4)).status == SUCCESS
 
 

@@ -32,6 +32,8 @@ EAGER_TRIES: Final = 3
 LONGEST_BACKOFF: Final = 0.05
 #: How many keys are read at once where nobody says.
 PAGE: Final = 1000
+#: A page ends before that once its keys have so many bytes.
+PAGE_BYTES: Final = 1024 * 1024
 
 
 class Unread:
@@ -249,17 +251,19 @@ class LocalVerbs(Verbs):
     def scan(
         self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = PAGE
     ) -> tuple[list[bytes], bytes | None]:
-        """As promised in `Verbs`; here the cursor is the last key of the page."""
+        """As promised in `Verbs`; here the cursor is the last key of the page, and any other key will do, too."""
         if limit < 1:
             raise ValueError(f"a page of {limit} keys would never end the scan")
         start, after = (prefix, False) if cursor is None else (cursor, True)
         page: list[bytes] = []
+        size = 0
         for key in self.ordered_keys(start, after=after):
             if not key.startswith(prefix):
                 break
-            if len(page) >= limit:
+            if len(page) >= limit or size > PAGE_BYTES:
                 return page, page[-1]
             page.append(key)
+            size += len(key)
         return page, None
 
 
@@ -275,6 +279,8 @@ class LocalStore(LocalVerbs, Store):
     kind: str = "on-memory tree"
     #: Of the file that has the records, if there is one.
     path: str | None = None
+    #: It carries out ``fwmkeys``, ``misc regex`` and ``misc range`` itself (`LocalVerbs.native`), each in one go.
+    scans_itself: bool = False
 
     @abstractmethod
     def apply(self, operations: Sequence[Callable[[LocalVerbs], T]]) -> list[T]:

@@ -32,6 +32,7 @@ from beaker_statestore.tyrant.client import (
     Client,
     MissingFunctionError,
     Pool,
+    check_status,
     describe,
 )
 from beaker_statestore.tyrant.commands import (
@@ -50,9 +51,9 @@ from beaker_statestore.tyrant.commands import (
     SCAN,
     SIZE,
     STAT,
-    STORE_FAILED,
     SUCCESS,
     SYNC,
+    TOO_MUCH,
     Reply,
     Request,
 )
@@ -154,11 +155,10 @@ class TyrantStore(Store):
         if len(batch) == 1:
             return dict(self._done(request).value)
         (reply,) = self._client.pipeline([request])
-        if reply.status == STORE_FAILED:
-            # Our server's answer, too, when a reply would be longer than any may be. If its store does fail, so will
-            # the request for the first key alone.
+        if reply.status == TOO_MUCH:
             middle = len(batch) // 2
             return {**self._get_batch(batch[:middle]), **self._get_batch(batch[middle:])}
+        check_status(self._client.pool.address, request, reply.status)
         self._check_done(request, reply)
         return dict(reply.value)
 

@@ -7,9 +7,10 @@ these is a `Job`. What a scan finds is what was there when it came by, as others
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Final, NamedTuple
 
 from beaker_statestore.complaints import Complaints
@@ -17,17 +18,22 @@ from beaker_statestore.exceptions import ConfigurationError, StateStoreError
 from beaker_statestore.stores.base import LocalStore, LocalVerbs
 from beaker_statestore.tyrant import commands, ere
 from beaker_statestore.tyrant.backups import Backups
-from beaker_statestore.tyrant.commands import FAILURE, STORE_FAILED, SUCCESS, Reply, Request
+from beaker_statestore.tyrant.commands import FAILURE, SUCCESS, TOO_MUCH, Reply, Request
 from beaker_statestore.tyrant.texts import function_name, number
 
 __all__ = ["Backup", "Job", "Scan", "scan_for"]
 
 logger = logging.getLogger(__name__)
 
-#: One step of a scan looks at so many keys at most, and goes no further once these and the values that it has found
-#: have so many bytes. A pattern takes a tenth of a microsecond for each of a key's.
+#: One step of a scan looks at so many keys at most, and goes no further once the values that it has found have so many
+#: bytes, or so many seconds have passed.
 STEP_KEYS: Final = 500
 STEP_BYTES: Final = 256 * 1024
+STEP_SECONDS: Final = 0.005
+#: Bytes of one regular expression, and bytes of a key times the size of the expression that is looked for in it: at
+#: worst, each costs 0.15 microseconds, for which all others wait.
+LONGEST_EXPRESSION: Final = 1000
+LONGEST_MATCH: Final = 256 * 1024
 
 
 class Job(ABC):
@@ -77,9 +83,8 @@ class Backup(Job):
 class Plan(NamedTuple):
     """Which keys a scan is to find."""
 
-    start: bytes
-    #: Whether a key is still in the range that begins at ``start``.
-    within: Callable[[bytes], bool]
+    #: Some of the keys to look at: those behind the cursor, or the first ones, and the next cursor (see `Verbs.scan`).
+    page: Callable[[LocalVerbs, bytes | None, int], tuple[list[bytes], bytes | None]]
     matches: Callable[[bytes], bool]
     #: Negative: all.
     maximum: int
@@ -92,8 +97,8 @@ class Found(NamedTuple):
 
     pieces: list[bytes]
     keys: int
-    #: Where to go on behind; ``None``: there is no more.
-    last: bytes | None
+    #: Where to go on; ``None``: there is no more.
+    cursor: bytes | None
 
 
 class Scan(Job):
@@ -111,25 +116,29 @@ class Scan(Job):
         self._room = longest
         self._found: list[bytes] = []
         self._count = 0
-        self._start, self._after = plan.start, False
+        self._cursor: bytes | None = None
 
     def step(self) -> bool:
         """Look at the next keys."""
         if self._count == self._plan.maximum:
             return self._end(Reply(SUCCESS, self._found))
-        (found,) = self._store.apply([self._look])
+        try:
+            (found,) = self._store.apply([self._look])
+        except _TooLongError as error:
+            self._complain("%s", error)
+            return self._end(Reply(TOO_MUCH))
         self._found += found.pieces
         self._count += found.keys
         self._room -= sum(map(len, found.pieces))
         if self._room < 0:
-            self._complain("a client asked for more than a reply may hold")
-            return self._end(Reply(STORE_FAILED))
+            self._complain("a client asked for more than a reply may hold (--max-reply)")
+            return self._end(Reply(TOO_MUCH))
         if self._count > self._keys:
-            self._complain("a client asked for more than %d keys at once", self._keys)
-            return self._end(Reply(STORE_FAILED))
-        if found.last is None or self._count == self._plan.maximum:
+            self._complain("a client asked for more than %d keys at once (--max-keys)", self._keys)
+            return self._end(Reply(TOO_MUCH))
+        self._cursor = found.cursor
+        if found.cursor is None or self._count == self._plan.maximum:
             return self._end(Reply(SUCCESS, self._found))
-        self._start, self._after = found.last, True
         return False
 
     def _end(self, reply: Reply) -> bool:
@@ -139,43 +148,50 @@ class Scan(Job):
     def _look(self, records: LocalVerbs) -> Found:
         plan = self._plan
         pieces: list[bytes] = []
-        keys = size = 0
-        last = None
-        for key in islice(records.ordered_keys(self._start, after=self._after), STEP_KEYS):
-            last = key
-            if not plan.within(key):
-                return Found(pieces, keys, None)
-            size += len(key)
+        count = size = 0
+        enough = time.monotonic() + STEP_SECONDS
+        keys, cursor = plan.page(records, self._cursor, STEP_KEYS)
+        for key in keys:
             if plan.matches(key):
                 pieces.append(key)
-                keys += 1
+                count += 1
                 if plan.values:
                     value = records.get(key) or b""
                     pieces.append(value)
                     size += len(value)
-            if size > STEP_BYTES or self._count + keys in (plan.maximum, self._keys + 1):
-                break
-        return Found(pieces, keys, last)
+            done = size > STEP_BYTES or self._count + count in (plan.maximum, self._keys + 1)
+            if done or time.monotonic() > enough:
+                return Found(pieces, count, cursor if key is keys[-1] else key)
+        return Found(pieces, count, cursor)
 
 
-def scan_for(request: Request) -> Plan | None:
-    """What ``request`` looks for, if it looks at keys without end."""
+class _TooLongError(Exception):
+    """A key is longer than can be matched in the time that others can be made to wait."""
+
+
+def scan_for(request: Request, *, ordered: bool) -> Plan | None:
+    """What ``request`` looks for, if it looks at keys without end.
+
+    :param ordered: whether the database is one of the original's that knows an order of keys; without, it knows no
+        ``range``.
+    """
     command, arguments = request
     if command is commands.FWMKEYS:
         prefix, maximum = arguments
-        return Plan(prefix, lambda key: key.startswith(prefix), _any, maximum, values=False)
+        return Plan(_keys_with(prefix), lambda _key: True, maximum, values=False)
     if command is commands.MISC:
-        planned = _FUNCTIONS.get(function_name(arguments[0]))
+        name = function_name(arguments[0])
+        planned = _FUNCTIONS.get(name) if ordered or name != b"range" else None
         return None if planned is None else planned(arguments[1])
     return None
 
 
-def _any(_key: bytes) -> bool:
-    return True
+def _keys_with(prefix: bytes) -> Callable[[LocalVerbs, bytes | None, int], tuple[list[bytes], bytes | None]]:
+    return lambda records, cursor, limit: records.scan(prefix, cursor, limit)
 
 
 def _regex(arguments: list[bytes]) -> Plan | None:
-    if not arguments:
+    if not arguments or len(arguments[0]) > LONGEST_EXPRESSION:
         return None
     source = arguments[0]
     ignore_case = source.startswith(b"*")
@@ -183,12 +199,25 @@ def _regex(arguments: list[bytes]) -> Plan | None:
         pattern = ere.Pattern(source[1:] if ignore_case else source, ignore_case=ignore_case)
     except ere.PatternError:
         return None
-    return Plan(b"", _any, pattern.found_in, _maximum(arguments), values=True)
+
+    def matches(key: bytes) -> bool:
+        if len(key) * pattern.size > LONGEST_MATCH:
+            raise _TooLongError(f"a client's expression is too large to be looked for in a key of {len(key)} bytes")
+        return pattern.found_in(key)
+
+    return Plan(_keys_with(b""), matches, _maximum(arguments), values=True)
 
 
 def _range(arguments: list[bytes]) -> Plan:
-    within = (lambda key: key < arguments[2]) if len(arguments) > 2 else _any
-    return Plan(arguments[0] if arguments else b"", within, _any, _maximum(arguments), values=True)
+    start = arguments[0] if arguments else b""
+    end = arguments[2] if len(arguments) > 2 else None
+
+    def page(records: LocalVerbs, cursor: bytes | None, limit: int) -> tuple[list[bytes], bytes | None]:
+        keys = records.ordered_keys(start if cursor is None else cursor, after=cursor is not None)
+        found = list(islice(keys if end is None else takewhile(lambda key: key < end, keys), limit))
+        return found, found[-1] if len(found) == limit else None
+
+    return Plan(page, lambda _key: True, _maximum(arguments), values=True)
 
 
 def _maximum(arguments: list[bytes]) -> int:

@@ -32,6 +32,8 @@ FAILURE: Final = 1
 STORE_FAILED: Final = 2
 #: Our server's answer to a command that it is configured not to carry out, where the original's looks like absence.
 FORBIDDEN: Final = 3
+#: Our server's answer when what was asked for is more than it lets a reply hold, or a request find.
+TOO_MUCH: Final = 4
 
 
 class Kind(Enum):
@@ -205,7 +207,8 @@ PROBE: Final = b"statestore"
 CAS: Final = b"cas"
 SCAN: Final = b"scan"
 #: memcached's commands for which the binary protocol has none, as ``ext`` functions: they change a record only if it is
-#: there, and answer its new value. The last two take it for a decimal number, which does not get below 0.
+#: there. The last two take it for a decimal number, which does not get below 0, and answer the new one; the others
+#: answer nothing, as who may write need not be one who may read.
 REPLACE: Final = b"replace"
 APPEND: Final = b"append"
 PREPEND: Final = b"prepend"

@@ -79,6 +79,11 @@ class Pattern:
         self._remembered = 0
         self._restart = self._reachable((0,))
 
+    @property
+    def size(self) -> int:
+        """How many instructions it has, each of which a byte of a text can cost."""
+        return len(self._program) + 1
+
     def found_in(self, text: bytes) -> bool:
         """Whether some part of ``text`` matches."""
         matched = len(self._program)
@@ -159,6 +164,8 @@ class _Parser:
         while self._accept(b"|"):
             other = self._sequence(depth)
             program = [_Fork((1, len(program) + 2)), *program, _Fork((len(other) + 1,)), *other]
+            if len(program) > MAX_PROGRAM:
+                raise PatternError("the pattern is too large")
         return program
 
     def _sequence(self, depth: int) -> Program:

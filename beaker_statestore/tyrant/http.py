@@ -46,6 +46,7 @@ from beaker_statestore.tyrant.commands import (
     PUTKEEP,
     STAT,
     SUCCESS,
+    TOO_MUCH,
     Reply,
     Request,
 )
@@ -198,6 +199,8 @@ class _Manner(NamedTuple):
 
     def failure(self, reply: Reply, status: int) -> Encoded:
         """The answer to what has not been done, ``status`` if that is because of what is or is not there."""
+        if reply.status == TOO_MUCH:
+            return self.text(500, "the answer would be above the server's limit")
         return self.text({FAILURE: status, FORBIDDEN: HTTPStatus.FORBIDDEN}.get(reply.status, 500))
 
 

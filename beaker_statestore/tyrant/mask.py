@@ -61,6 +61,7 @@ _DANGEROUS: Final = frozenset({"vanish", "copy", "restore", "setmst", "optimize"
 _SAME: Final[Mapping[str, frozenset[str]]] = {
     "putnr": frozenset({"put"}),
     "mget": frozenset({"get"}),
+    "stat": frozenset({"rnum", "size"}),
 }
 #: What the functions of ``misc`` do. Those that are not here are not carried out.
 _MISC: Final[Mapping[bytes, frozenset[str]]] = {
@@ -155,7 +156,8 @@ def effects(request: Request, door: Door) -> frozenset[str]:
     if command is MISC:
         function = function_name(arguments[0])
         removes = function.endswith(b"search") and any(map(_REMOVING.match, arguments[1]))
-        return _MISC.get(function, frozenset()) | {name} | ({"out"} if removes else frozenset())
+        # With conditions that all records fulfil, such a search is as good as vanish.
+        return _MISC.get(function, frozenset()) | {name} | ({"out", "vanish"} if removes else frozenset())
     if command is EXT:
         known = _EXT.get(arguments[0])
         # memcached's commands only travel as functions.

@@ -33,11 +33,12 @@ from beaker_statestore.tyrant.commands import (
     REPLACE,
     STAT,
     SUCCESS,
+    TOO_MUCH,
     VANISH,
     Reply,
     Request,
 )
-from beaker_statestore.tyrant.wire import LONG, Encoded, Limits, Reading
+from beaker_statestore.tyrant.wire import Encoded, Limits, Reading, in_parts
 
 __all__ = ["read", "speaks"]
 
@@ -178,10 +179,11 @@ def _silence(_reply: Reply) -> bytes:
 def _encode(write: Writer, reply: Reply) -> Encoded:
     if reply.status == FORBIDDEN:
         return b"CLIENT_ERROR forbidden\r\n"
+    if reply.status == TOO_MUCH:
+        return b"SERVER_ERROR the answer would be above the server's limit\r\n"
     if reply.status not in (SUCCESS, FAILURE):
         return b"SERVER_ERROR the store failed\r\n"
-    parts = tuple(write(reply))
-    return parts if sum(map(len, parts)) > LONG else b"".join(parts)
+    return in_parts(write(reply))
 
 
 def _says(success: bytes, failure: bytes) -> Writer:

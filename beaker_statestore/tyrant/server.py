@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -92,6 +92,8 @@ class ServerLimits:
     idle: float = 0.0
     #: Keys that one ``fwmkeys``, ``misc regex`` or ``misc range`` may find.
     keys: int = 100_000
+    #: Elements that a request may list, as ``mget`` and ``misc`` do: all others wait for as long as it takes.
+    items: int = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,12 @@ class Server:
     ) -> None:
         self.limits = limits
         self.options = options
-        self.wire_limits = Limits(blob=limits.message, message=limits.message, line=min(LONGEST_LINE, limits.message))
+        self.wire_limits = Limits(
+            blob=limits.message,
+            count=limits.items,
+            message=limits.message,
+            line=min(LONGEST_LINE, limits.message),
+        )
         #: Where it listens, once it has been started.
         self.addresses: list[Address] = []
         self._blocking = store.blocking
@@ -331,14 +338,14 @@ class Server:
 
     def _settle(self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: list[Encoded]) -> None:
         """Hand out ``replies``, and give back the ``calls`` behind the last one that has been carried out."""
-        start = 0
-        for connection, count in taken:
-            end = start + count
+        ends = list(accumulate(count for _, count in taken))
+        shares = [(connection, end - count, end) for (connection, count), end in zip(taken, ends, strict=True)]
+        # Those first of whom nothing has been carried out: so they are the first of the next turn.
+        for connection, start, end in sorted(shares, key=lambda share: share[1] < len(replies)):
             try:
                 connection.settle(replies[start:end], calls[max(start, len(replies)) : end])
             except Exception as error:  # noqa: BLE001 - MemoryError, say: the others are to be served all the same
                 connection.abort(f"its replies could not be sent: {error!r}")
-            start = end
         self._turning = bool(self._ready or self._costly)
         if self._turning:
             self._loop.call_soon(self._turn)
@@ -367,7 +374,10 @@ class Server:
         except Exception as error:  # noqa: BLE001 - whatever it was, the client gets an answer
             report(error)
             reply = Reply(STORE_FAILED)
-        connection.settle([call.encode(reply)], [])
+        try:
+            connection.settle([call.encode(reply)], [])
+        except Exception as error:  # noqa: BLE001 - as in `_settle`
+            connection.abort(f"its reply could not be sent: {error!r}")
 
     def _look_for_idle(self) -> None:
         idle = self.limits.idle

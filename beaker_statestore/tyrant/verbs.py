@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from beaker_statestore.tyrant import commands, paging, swap
 from beaker_statestore.tyrant.apart import Backup, Job, Scan, scan_for
 from beaker_statestore.tyrant.backups import Backups
 from beaker_statestore.tyrant.calls import Call
-from beaker_statestore.tyrant.commands import FAILURE, STORE_FAILED, SUCCESS, Command, Reply, Request
+from beaker_statestore.tyrant.commands import FAILURE, STORE_FAILED, SUCCESS, TOO_MUCH, Command, Reply, Request
 from beaker_statestore.tyrant.stat import stat_text
 from beaker_statestore.tyrant.texts import function_name, number, wrapped
 from beaker_statestore.tyrant.wire import Encoded, decimal_to_float, encoded_length
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 #: Once the replies of a transaction have so many bytes, the rest of its requests waits for the next.
 ENOUGH: Final = 4 * 1024 * 1024
+#: The same once it has taken so many seconds: a reply of a few bytes can cost the reading of a whole value.
+LONG_ENOUGH: Final = 0.01
 #: A page of a scan has no more keys than this, whatever was asked for.
 LONGEST_PAGE: Final = 10_000
 
@@ -119,7 +122,8 @@ class Executor:
             report(error)
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, each client gets an answer
-            report(error)
+            observe.count("server.batches_repeated")
+            logger.debug("a batch is carried out one by one: %r", error)  # and then it is known whose fault it was
         replies: list[Encoded] = []
         room = min(self._reach.reply, ENOUGH)
         for call in calls:
@@ -144,9 +148,9 @@ class Executor:
         if request.command is commands.COPY:
             self._calls[request.command] += 1
             return Backup(request.arguments[0], self._store, self._reach.backups, self._complain)
-        if request.command not in _MAY_SCAN or request.command.name in self._store.native:
+        if request.command not in _MAY_SCAN or self._store.scans_itself:
             return None
-        plan = scan_for(request)
+        plan = scan_for(request, ordered=self._store.kind != "hash")
         if plan is None:
             return None
         self._calls[request.command] += 1
@@ -167,9 +171,10 @@ class Executor:
     def _run(self, calls: Sequence[Call], figures: Figures, records: LocalVerbs) -> Run:
         run = Run(records, self._position, self._reach, figures, self._store)
         room = min(self._reach.reply, ENOUGH)
+        enough = time.monotonic() + LONG_ENOUGH
         for call in calls:
             room -= run.answer(call)
-            if room < 0:
+            if room < 0 or time.monotonic() > enough:
                 break
         return run
 
@@ -236,7 +241,7 @@ class Run:
         try:
             reply = _COMMANDS[command](self, *arguments) if native is None else self._bounded(native, request)
         except _TooLongError:
-            reply = Reply(STORE_FAILED)
+            reply = Reply(TOO_MUCH)
         counted = _COUNTED_AS.get(arguments[0], command) if command is commands.EXT else command
         self.counted.append(counted)
         if reply.status != SUCCESS:
@@ -255,7 +260,8 @@ class Run:
             return FAILED
         if isinstance(value, list):
             self._gather(value)
-            if command is commands.FWMKEYS and len(value) > most:
+            # Of misc, keys and values in turn.
+            if len(value) > (most if command is commands.FWMKEYS else 2 * most):
                 raise _TooLongError
         return Reply(SUCCESS, value)
 
@@ -413,12 +419,12 @@ class Run:
         return self._changed(key, lambda stored: value + stored)
 
     def incr(self, key: bytes, amount: bytes) -> Reply:
-        return self._changed(key, lambda stored: _sum(stored, number(amount)))
+        return self._changed(key, lambda stored: _sum(stored, number(amount)), answers=True)
 
     def decr(self, key: bytes, amount: bytes) -> Reply:
-        return self._changed(key, lambda stored: _sum(stored, -number(amount)))
+        return self._changed(key, lambda stored: _sum(stored, -number(amount)), answers=True)
 
-    def _changed(self, key: bytes, change: Callable[[bytes], bytes]) -> Reply:
+    def _changed(self, key: bytes, change: Callable[[bytes], bytes], *, answers: bool = False) -> Reply:
         stored = self.records.get(key)
         if stored is None:
             return FAILED
@@ -426,7 +432,7 @@ class Run:
         if len(value) > self._reach.value:
             raise _TooLongError
         self.records.put(key, value)
-        return Reply(SUCCESS, value)
+        return Reply(SUCCESS, value if answers else b"")
 
     def compare_and_swap(self, key: bytes, packed: bytes) -> Reply:
         try:

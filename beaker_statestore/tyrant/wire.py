@@ -1,9 +1,9 @@
 """Bytes <-> commands and replies, both ways, driven by the table in `commands`. No sockets, clocks or threads.
 
-A `RequestDecoder` is the server's ear and a `ReplyDecoder` the client's. Each is fed whatever bytes have arrived and
-gives what is complete. A peer that breaks the protocol makes it raise `ProtocolError`, and from then on it answers
-nothing more: there is no way to tell where the next message would begin, and guessing would execute an attacker's
-data (ttserver does guess: bytes behind a rejected frame are run as commands).
+A `ReplyDecoder` is the client's ear; the server's is in `protocols`, since it understands more. Each is fed whatever
+bytes have arrived and gives what is complete. A peer that breaks the protocol makes it raise `ProtocolError`, and from
+then on it answers nothing more: there is no way to tell where the next message would begin, and guessing would execute
+an attacker's data (ttserver does guess: bytes behind a rejected frame are run as commands).
 
 A reply does not say which command it answers, so the client's side keeps the requests that wait, first in, first out.
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import struct
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from beaker_statestore.exceptions import ProtocolError
@@ -51,6 +52,7 @@ __all__ = [
     "encode_request",
     "encoded_length",
     "float_to_decimal",
+    "in_parts",
     "read_request",
 ]
 
@@ -212,9 +214,19 @@ def encode_reply_in_parts(command: Command, reply: Reply) -> Encoded:
     if command.body is Body.NO_REPLY:
         return b""
     if status == SUCCESS:
-        parts = (b"\0", *_WRITERS[command](value))
-        return parts if sum(map(len, parts)) > LONG else b"".join(parts)
+        return in_parts((b"\0", *_WRITERS[command](value)))
     return bytes((status,)) + (_U32.pack(0) if command.body_on_failure else b"")
+
+
+def in_parts(parts: Iterable[bytes]) -> Encoded:
+    """``parts``, those that are long as they are and the others joined.
+
+    Never one by one: uvloop's transports lose what has more than 2**20 parts.
+    """
+    joined: list[bytes] = []
+    for is_long, some in groupby(parts, lambda part: len(part) > LONG):
+        joined += list(some) if is_long else [b"".join(some)]  # noqa: B031 - only one of them uses it
+    return joined[0] if len(joined) == 1 else tuple(joined)
 
 
 def encoded_length(encoded: Encoded) -> int:
