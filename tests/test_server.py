@@ -168,6 +168,7 @@ def test_whoever_had_a_long_reply_comes_after_others_and_yet_has_a_turn(
 
     with ServerThread(Watched(), loop=loop) as server, server.connect() as costly, server.connect() as busy:
         assert costly.ask(PUT(b"l", b"v" * 2000), GET(b"l")) == [Reply(SUCCESS), Reply(SUCCESS, b"v" * 2000)]
+        assert busy.ask(RNUM()) == [Reply(SUCCESS, 1)]
         with server.paused():
             costly.send(encode_request(PUT(b"mark", b"")))
             busy.send(encode_request(PUT(b"k", b"v")) * 10_000)
@@ -191,6 +192,8 @@ def test_a_batch_ends_when_it_has_taken_long_enough_and_the_others_go_on_first(
             return results
 
     with ServerThread(Watched(), loop=loop) as server, server.connect() as many, server.connect() as few:
+        for known in (many, few):  # newcomers have turns of their own
+            assert known.ask(RNUM()) == [Reply(SUCCESS, 0)]
         with server.paused():
             many.send(b"".join(encode_request(PUT(b"n", b"%d" % number)) for number in range(100)))
             few.send(encode_request(PUT(b"n", b"1000")))
@@ -610,7 +613,8 @@ def test_what_may_have_been_carried_out_is_neither_repeated_nor_answered(loop: s
         server.connect() as another,
         server.connect() as idle,
     ):
-        assert idle.ask(GET(b"k")) == [Reply(FAILURE)]
+        for known in (one, another, idle):  # newcomers have turns of their own
+            assert known.ask(GET(b"k")) == [Reply(FAILURE)]
         changes = [ADDINT(b"n", 5), PUTCAT(b"k", b"x"), PUTKEEP(b"l", b""), EXT(CAS, b"m", packed, 0)]
         for change in changes:
             store.doubt = True

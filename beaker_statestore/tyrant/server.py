@@ -20,6 +20,7 @@ import math
 import socket
 import ssl
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -59,8 +60,8 @@ READ_AHEAD: Final = 256 * 1024
 #: bytes a second, would take.
 COSTLY: Final = 1024 * 1024
 COSTLY_RATE: Final = 16 * 1024 * 1024
-#: But after so many turns without one of them, one of them comes first, as there may always be others.
-PASSED_OVER: Final = 4
+#: If there are always others, the turns of these have such a part of the time, one of them in each.
+COSTLY_PART: Final = 0.2
 _NOT_IN_TIME: Final = "the rest of its request did not come"
 #: Connections that hold less than this do not count for the limit of memory.
 LIGHT: Final = 64 * 1024
@@ -151,10 +152,12 @@ class Server:
         self._held = 0
         # Connections whose turn it is, in the order in which they came.
         self._ready: dict[_Connection, None] = {}
-        # The same of those that come after all of the above, since making their replies may take long.
+        # The same of those that have to stand back, since making their replies may take long.
         self._costly: dict[_Connection, None] = {}
-        #: So many turns have passed over the latter.
-        self._passed_over = 0
+        #: When it is their turn although there are others, and when this turn began, and whether it is one of theirs;
+        #: by the clock, as the loop's time stands still within a turn.
+        self._costly_due = self._began = 0.0
+        self._for_costly = False
         self._turning = False
         self._complain = Complaints(logger)
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -283,10 +286,14 @@ class Server:
         """Carry out what has been collected."""
         taken: list[tuple[_Connection, int]] = []
         calls: list[Call] = []
+        self._began = time.monotonic()
+        self._for_costly = self._is_turn_of_costly()
         while len(calls) < BATCH:
-            connection = self._next_connection(bool(calls))
+            queue = self._costly if self._for_costly or (self._blocking and not self._ready) else self._ready
+            connection = next(iter(queue), None)
             if connection is None:
                 break
+            del queue[connection]
             try:
                 share = connection.take(min(SHARE, BATCH - len(calls)))
             except Exception as error:  # noqa: BLE001 - a defect; without the next turn, all would wait for ever
@@ -296,7 +303,8 @@ class Server:
             if not connection.apart:
                 taken.append((connection, len(share)))
                 calls += share
-        self._passed_over += bool(self._costly)
+            if self._for_costly:
+                break
         if not calls:
             self._settle(taken, calls, [])
         elif self._blocking or any(call.request is not None and waits_for_disk(call.request) for call in calls):
@@ -305,23 +313,14 @@ class Server:
         else:
             self._conclude(taken, calls, lambda: self._executor.execute(calls))
 
-    def _next_connection(self, some: bool) -> _Connection | None:
-        """Whose calls are to be taken next; ``None``: nobody's in this turn, which has ``some`` already."""
-        if self._costly and self._passed_over >= PASSED_OVER:
-            queue = self._costly
-        elif self._ready:
-            queue = self._ready
-        elif self._blocking or not some:
-            # Both in one batch only where a batch costs a wait for the disk; else the costly ones would hold it up.
-            queue = self._costly
-        else:
-            return None
-        connection = next(iter(queue), None)
-        if queue is self._costly:
-            self._passed_over = 0
-        if connection is not None:
-            del queue[connection]
-        return connection
+    def _is_turn_of_costly(self) -> bool:
+        """Whether this turn is for one of those alone that may take long.
+
+        Where each batch waits for the disk, they are part of it, behind the others.
+        """
+        if self._blocking or not self._costly:
+            return False
+        return not self._ready or self._began >= self._costly_due
 
     def _conclude(
         self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: Callable[[], list[Encoded]]
@@ -346,6 +345,9 @@ class Server:
                 connection.settle(replies[start:end], calls[max(start, len(replies)) : end])
             except Exception as error:  # noqa: BLE001 - MemoryError, say: the others are to be served all the same
                 connection.abort(f"its replies could not be sent: {error!r}")
+        if self._for_costly:
+            now = time.monotonic()
+            self._costly_due = now + (now - self._began) * (1 / COSTLY_PART - 1)
         self._turning = bool(self._ready or self._costly)
         if self._turning:
             self._loop.call_soon(self._turn)
@@ -422,12 +424,12 @@ class _Connection(asyncio.Protocol):
         self._frame_timer: asyncio.TimerHandle | None = None
         #: The timer went off while something was to be carried out, which may be the rest of the request.
         self._overdue = False
-        #: Until when it is held to be `costly`.
-        self._costly_until = 0.0
+        #: Until when it is held to be `costly`: at first, as nothing is known of it.
+        self._costly_until = math.inf
 
     @property
     def costly(self) -> bool:
-        """Whether its next reply may be as long as one that it had a short while ago."""
+        """Whether its next reply may be as long as one that it had a short while ago, or nothing is known of it."""
         return self._loop.time() < self._costly_until
 
     @property
@@ -543,6 +545,8 @@ class _Connection(asyncio.Protocol):
         size = sum(map(encoded_length, replies))
         if size > COSTLY:
             self._costly_until = self._loop.time() + size / COSTLY_RATE
+        elif replies and self._costly_until == math.inf:
+            self._costly_until = 0.0
         # With uvloop, and from Python 3.12 on with asyncio, without a copy of what is long.
         self._transport.writelines(_joined(replies))
         self._weigh()
