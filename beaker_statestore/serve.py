@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
+import re
 import resource
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,17 +18,18 @@ import click
 from beaker_statestore import __version__, extensions
 from beaker_statestore.console import Seconds, store_url
 from beaker_statestore.exceptions import ConfigurationError
-from beaker_statestore.service import SWEEP_LARGEST, Service, log_to
+from beaker_statestore.service import INHERITED, SWEEP_LARGEST, Service, events, log_to
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import LocalStore, Store
 from beaker_statestore.stores.cabinet import CabinetStore, is_cabinet_name
-from beaker_statestore.stores.urls import redacted
+from beaker_statestore.stores.urls import redacted, split
 from beaker_statestore.sweeper import MARGIN
 from beaker_statestore.tyrant import tls
+from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.backups import Backups
 from beaker_statestore.tyrant.http import HTTPPolicy
 from beaker_statestore.tyrant.listening import SOCKET_MODE
-from beaker_statestore.tyrant.mask import CLOSED, OPEN, Mask
+from beaker_statestore.tyrant.mask import CLOSED, FUNCTIONS, OPEN, Mask
 from beaker_statestore.tyrant.server import Server, ServerLimits, ServerOptions
 from beaker_statestore.tyrant.verbs import Function
 
@@ -41,6 +44,8 @@ _OTHER_FILES: Final = 64
 _STANDARD_ERROR: Final = 2
 #: Seconds between syncs where a store needs them.
 _SYNC_INTERVAL: Final = 1.0
+#: Refused, whatever the mask says.
+_NEVER: Final = {"restore", "setmst"}
 
 _ON_SWEEPS: Final = (
     'Every {:g} s it removes expired documents: JSON objects with an "_expires" that has passed, under keys such as '
@@ -87,7 +92,8 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
     show_default=True,
     metavar="PATH|URL",
     help="The store: a path ending in .lmdb, an lmdb:/// URL, or memory: (forgets all when it stops); or a database "
-    "of Tokyo Cabinet as ttserver names it, such as casket.tcb, casket.tch#bnum=1000000, * or +.",
+    "of Tokyo Cabinet as ttserver names it, such as casket.tcb, casket.tch#bnum=1000000, * or +. Where there is no "
+    "such file, a new one is made.",
 )
 @click.option(
     "--sync",
@@ -140,7 +146,7 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
     multiple=True,
     metavar="NAMES",
     help="Commands and groups that clients may use. For TCP these are masked unless you unmask them: "
-    f"{', '.join(sorted(CLOSED.forbidden))}.",
+    f"{', '.join(sorted(CLOSED.forbidden - _NEVER))}. (restore and setmst are always refused.)",
 )
 @click.option(
     "--ext",
@@ -175,6 +181,14 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
     help="How many keys one request may find (fwmkeys, misc regex and range).",
 )
 @click.option(
+    "--max-list",
+    type=click.IntRange(min=1),
+    default=_LIMITS.items,
+    show_default=True,
+    metavar="N",
+    help="How many elements one request may list (mget, misc).",
+)
+@click.option(
     "--patience",
     type=Seconds(min_open=True),
     default=_LIMITS.patience,
@@ -205,7 +219,7 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
 @click.option(
     "--log",
     type=click.Path(dir_okay=False),
-    help="Log to this file; SIGHUP opens it anew.  [default: stderr]",
+    help="Log to this file, starts, ends and copies, too; SIGHUP opens it anew.  [default: stderr]",
 )
 @click.option(
     "--verbose",
@@ -233,6 +247,7 @@ def serve(
     max_reply: int,
     max_memory: int,
     max_keys: int,
+    max_list: int,
     patience: float,
     idle: float,
     interval: float,
@@ -242,6 +257,8 @@ def serve(
     """Serve a store to Tokyo Tyrant clients, until SIGTERM or Ctrl-C."""
     if http_hosts and not with_http:
         raise click.UsageError("--http-host is for --http; give that too")
+    _check_masks(_names(masked), _names(unmasked), functions=bool(modules), copies=backups is not None)
+    _check_addresses(addresses, encrypted=tls_cert is not None)
     limits = ServerLimits(
         message=max_message * _MIB,
         reply=max_reply * _MIB,
@@ -250,6 +267,7 @@ def serve(
         patience=patience,
         idle=idle,
         keys=max_keys,
+        items=max_list,
     )
     options = ServerOptions(
         allow_remote=allow_remote,
@@ -264,25 +282,69 @@ def serve(
     _log_to(log, logging.INFO if verbose else logging.WARNING)
     # A damaged file can end the process within LMDB or Tokyo Cabinet: then at least say where.
     faulthandler.enable(_STANDARD_ERROR)
+    if allow_remote and tls_ca is None:
+        seen = "" if tls_cert is not None else ", everything can be read on the way"
+        logger.warning("--allow-remote without --tls-ca: everybody who reaches the port may come in%s", seen)
+    _warn_of_weakness(tls_cert, tls_key)
     limits = replace(limits, connections=_permitted_connections(max_connections))
     store, every = _open_local_store(db, sync, sync_interval)
 
     def tell() -> None:
-        where = ", ".join(map(str, server.addresses)) + _protection(options)
-        click.echo(f"statestore {__version__} serves {db} at {where}")
+        where = ", ".join(f"{address}{_protection(address, options.tls)}" for address in server.addresses)
+        first = f"statestore {__version__} serves {db}{there} at {where}"
+        click.echo(first)
+        if log is not None:
+            events.info("%s", first)
         click.echo(f"In a crash: {store.crash_can_lose(every)}.")
         click.echo(_ON_SWEEPS.format(interval) if interval else _ON_NO_SWEEPS)
 
-    def renew() -> None:
-        if options.tls is not None and tls_cert is not None:
-            tls.renew(options.tls, tls_cert, tls_key)
+    def renew() -> list[str]:
+        if options.tls is None or tls_cert is None:
+            return []
+        tls.renew(options.tls, tls_cert, tls_key)
+        _warn_of_weakness(tls_cert, tls_key)
+        return ["the certificate"]
 
     with store:
+        is_new = store.path is not None and not os.path.exists(store.path)
         store.ping()
+        there = "" if store.path is None else " (new)" if is_new else f" ({store.count():,} records)"
         server = Server(store, limits=limits, options=options)
         service = Service(server, store, interval, every, renew)
         service.run(addresses, tell)
         store.sync()
+    events.info("ended in order")
+
+
+def _names(options: Sequence[str]) -> set[str]:
+    return {name.strip() for text in options for name in text.split(",")}
+
+
+def _check_masks(masked: set[str], unmasked: set[str], *, functions: bool, copies: bool) -> None:
+    """Refuse what an operator cannot have meant."""
+    for name in sorted(masked & unmasked):
+        raise ConfigurationError(f"{name} stands in --mask and in --unmask; take it out of one of them")
+    for name in sorted(unmasked & _NEVER):
+        raise ConfigurationError(f"--unmask {name}: there is no update log here, so {name} is always refused")
+    if "copy" in unmasked and not copies:
+        raise ConfigurationError("--unmask copy needs --backups DIRECTORY, where the copies go")
+    if FUNCTIONS in unmasked and not functions:
+        raise ConfigurationError(f"--unmask {FUNCTIONS} needs --ext MODULE, whose functions these are")
+
+
+def _check_addresses(addresses: Sequence[str], *, encrypted: bool) -> None:
+    for address in addresses:
+        if re.fullmatch("[0-9]+", address):
+            raise ConfigurationError(f"--listen {address} is a port without a host; did you mean 127.0.0.1:{address}?")
+    own = [Address.parse(address, lowest_port=0) for address in addresses if address != INHERITED]
+    if encrypted and len(own) == len(addresses) and all(address.path is not None for address in own):
+        raise ConfigurationError("--tls-cert is for TCP, and every --listen is a Unix socket; give --listen HOST:PORT")
+
+
+def _warn_of_weakness(cert: str | None, key: str | None) -> None:
+    weakness = None if cert is None else tls.weakness(cert, key)
+    if weakness is not None:
+        logger.warning("no client will accept the certificate in %s (--tls-cert): %s", cert, weakness)
 
 
 def _open_local_store(db: str, sync: str | None, sync_interval: float | None) -> tuple[LocalStore, float | None]:
@@ -291,18 +353,31 @@ def _open_local_store(db: str, sync: str | None, sync_interval: float | None) ->
         sync = "interval"
     if sync_interval is not None and sync != "interval":
         raise ConfigurationError(f"--sync-interval is for --sync interval, not for --sync {sync}")
-    if is_cabinet_name(db):
+    if db.startswith("cabinet:"):
+        parts = split(db)
+        if "sync=" not in parts.query:
+            # As without a scheme: a URL's own default is for programs, which have nobody to sync for them.
+            query = [*filter(None, [parts.query]), f"sync={'always' if sync == 'always' else 'os'}"]
+            sync = sync or "interval"
+            store: Store = open_store(parts._replace(query="&".join(query)).geturl())
+        elif sync is not None:
+            raise ConfigurationError(f"the URL of --db {db} says sync, and --sync does; take out one of them")
+        else:
+            store = open_store(db)
+    elif is_cabinet_name(db):
         _make_directory_of(db.partition("#")[0], db)
         cabinet = CabinetStore(db, sync="always" if sync == "always" else "os")
         if cabinet.path is not None and sync is None:
             sync = "interval"
-        store: Store = cabinet
+        store = cabinet
     else:
         url = store_url(db)
+        if ":" not in url:
+            raise ConfigurationError(
+                f"--db {db} is neither a URL nor the name of a file ending in .lmdb, .tcb, .tch, .tcf or .tct"
+            )
         if url != db:
             _make_directory_of(db, db)
-        if url.startswith("cabinet:") and sync is not None:
-            raise ConfigurationError(f"--sync is not for URLs such as --db {db}; give the file's path by itself")
         if url.startswith("lmdb:") and sync is not None:
             url += f"{'&' if '?' in url else '?'}sync={'always' if sync == 'always' else 'os'}"
         store = open_store(url)
@@ -333,11 +408,11 @@ def _tls(cert: str | None, key: str | None, ca: str | None) -> SSLContext | None
     return tls.server_context(cert, key, ca)
 
 
-def _protection(options: ServerOptions) -> str:
-    if options.tls is None:
+def _protection(address: Address, context: SSLContext | None) -> str:
+    if context is None or address.path is not None:
         return ""
     # All that the option --tls-ca does.
-    return " (TLS with client certificates)" if options.tls.verify_mode is CERT_REQUIRED else " (TLS)"
+    return " (TLS with client certificates)" if context.verify_mode is CERT_REQUIRED else " (TLS)"
 
 
 def _functions(modules: Sequence[str]) -> dict[bytes, Function]:

@@ -20,12 +20,15 @@ from beaker_statestore.complaints import Complaints
 from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.sweeper import BATCH, Sweeper
+from beaker_statestore.tyrant import backups
 from beaker_statestore.tyrant.listening import inherited
 from beaker_statestore.tyrant.server import Server
 
-__all__ = ["INHERITED", "SWEEP_LARGEST", "Service", "log_to"]
+__all__ = ["INHERITED", "SWEEP_LARGEST", "Service", "events", "log_to"]
 
 logger = logging.getLogger(__name__)
+#: For the few things in the life of a server that whoever reads its log later asks for.
+events = logging.getLogger(f"{__name__}.events")
 
 #: Among the addresses, stands for the sockets that systemd has opened.
 INHERITED: Final = "systemd"
@@ -51,8 +54,8 @@ class Service:
     sweep_interval: float
     #: Seconds between syncs; ``None``: none, the store needs none.
     sync_interval: float | None
-    #: Called upon SIGHUP, for what is to be read anew.
-    renew: Callable[[], None] = lambda: None
+    #: Called upon SIGHUP, for what is to be read anew; answers what was.
+    renew: Callable[[], list[str]] = list
 
     def run(self, addresses: Sequence[str], started: Callable[[], None]) -> None:
         """Serve at ``addresses`` until SIGTERM or SIGINT, on the quickest event loop that is installed.
@@ -66,7 +69,7 @@ class Service:
         loop = asyncio.get_running_loop()
         stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
+            loop.add_signal_handler(number, self._end, number, stopped)
         loop.add_signal_handler(signal.SIGHUP, self._begin_anew)
         loop.set_exception_handler(_Report())
         await self.server.start([address for address in addresses if address != INHERITED])
@@ -92,15 +95,22 @@ class Service:
                 logger.warning("%s had ended: %r", task.get_name(), ended)
         await self.server.stop()
 
+    def _end(self, number: signal.Signals, stopped: asyncio.Event) -> None:
+        events.info("%s: it takes in nothing more, and ends once all that has come is answered", number.name)
+        stopped.set()
+
     def _begin_anew(self) -> None:
+        renewed = []
         for handler in logging.getLogger().handlers:
             if isinstance(handler, _LogFile):
                 with contextlib.suppress(OSError):  # the next line tells
                     handler.reopenIfNeeded()
+                    renewed.append("the log")
         try:
-            self.renew()
+            renewed += self.renew()
         except ConfigurationError as error:
-            logger.error("SIGHUP has changed nothing: %s", error)
+            logger.error("SIGHUP has not renewed the certificate: %s", error)
+        events.info("SIGHUP: opened anew: %s", ", ".join(renewed) or "nothing")
 
     async def _sync_for_ever(self, interval: float) -> None:
         while True:
@@ -177,12 +187,16 @@ class _LogFile(logging.handlers.WatchedFileHandler):
 def log_to(path: str | None, level: int) -> None:
     """Log from now on to the file ``path``, or to standard error, what is of ``level`` or above.
 
-    The file is opened anew when it has been moved away: with the next line, or upon SIGHUP.
+    The file is opened anew when it has been moved away: with the next line, or upon SIGHUP. In a file there also are,
+    whatever the level, the events of the server's life, since one that says nothing of restarts explains little.
 
     :raises OSError: the file cannot be written.
     """
     handler = logging.StreamHandler() if path is None else _LogFile(path)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level, handlers=[handler])
+    if path is not None:
+        for logged in (events, backups.logger):
+            logged.setLevel(logging.INFO)
 
 
 def _notify(state: bytes) -> None:
@@ -195,9 +209,11 @@ def _notify(state: bytes) -> None:
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
+    # Not run where the import is caught: all that is raised then would be told to have come of that.
     try:
         import uvloop
     except ImportError:
-        asyncio.run(main)
+        run: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run
     else:
-        uvloop.run(main)
+        run = uvloop.run
+    run(main)

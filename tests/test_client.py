@@ -26,7 +26,7 @@ from beaker_statestore.exceptions import (
 from beaker_statestore.testing import fork
 from beaker_statestore.tyrant import client as client_module
 from beaker_statestore.tyrant.address import Address
-from beaker_statestore.tyrant.client import Client, Connection, NotSentError, Pool, connect
+from beaker_statestore.tyrant.client import Client, Connection, NotSentError, Pool, RefusedError, check_status, connect
 from beaker_statestore.tyrant.commands import (
     ADDINT,
     CAS,
@@ -42,10 +42,12 @@ from beaker_statestore.tyrant.commands import (
     PUT,
     PUTNR,
     REPL,
+    RESTORE,
     RNUM,
     STORE_FAILED,
     SUCCESS,
     SYNC,
+    VANISH,
     Command,
     Kind,
     Reply,
@@ -442,7 +444,32 @@ def test_what_the_server_forbids_is_said_and_is_no_absence(peer: Peer) -> None:
         client.call(GET(b"k"))
 
 
-@pytest.mark.parametrize("status", [b"\4", b"1", b"\xff"])
+@pytest.mark.parametrize(
+    ("request_", "remedy"),
+    [
+        (VANISH(), "start it with --unmask vanish"),
+        (MISC(b"vanish", [], 0), "start it with --unmask vanish"),
+        (EXT(b"take", b"k", b"", 0), "start it with --unmask functions"),
+        (EXT(CAS, b"k", b"", 0), "see the options --mask and --unmask"),
+        (MISC(b"search", [], 0), "see the options --mask and --unmask"),
+        (RESTORE(b"log", 0, 0), "no update log"),
+    ],
+)
+def test_what_to_unmask_is_named_where_it_is_plain(request_: Request, remedy: str) -> None:
+    with pytest.raises(RefusedError, match=remedy) as refused:
+        check_status(Address(), request_, FORBIDDEN)
+    assert refused.value.status == FORBIDDEN
+
+
+@pytest.mark.parametrize(("length", "hinted"), [(2**20 + 1, True), (1000, False)])
+def test_who_is_closed_upon_a_large_request_hears_of_the_limit(peer: Peer, length: int, hinted: bool) -> None:
+    peer.script = lambda *_: Answer(b"", "close")
+    with client_of(peer) as client, pytest.raises(StoreUnavailable, match="broke before put was answered") as broken:
+        client.call(PUT(b"k", bytes(length)))
+    assert ("may be more than the server takes (--max-message" in str(broken.value)) == hinted
+
+
+@pytest.mark.parametrize("status", [b"\5", b"1", b"\xff"])
 def test_a_status_that_there_is_not_is_no_absence(peer: Peer, status: bytes) -> None:
     """A client that took text for replies has been seen to report statuses such as 49."""
     peer.script = lambda *_: status

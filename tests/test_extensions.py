@@ -215,6 +215,47 @@ def test_a_function_that_raises_fails_alone_is_undone_and_logged_with_its_place(
         assert 'failing.py", line 10, in put_and_fail' in caplog.text
 
 
+def test_whatever_a_function_does_is_told_once_with_its_place_and_the_server_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "import sys\n"
+        "def boom(records, key, value):\n    return 1 // 0\n"
+        "def leave(records, key, value):\n    sys.exit()\n"
+        "def text(records, key, value):\n    return 'text'\n"
+        "def wrong(records, key, value):\n    records.put(5, 5)\n"
+        "EXTENSIONS = {'boom': boom, 'leave': leave, 'text': text, 'wrong': wrong}\n"
+    )
+    for db in ("memory:", str(tmp_path / "state.lmdb")):
+        with ServerProcess(db, arguments=["--ext", str(path), "--unmask", "functions"]) as server:
+            with RawClient(Address.parse(server.url)) as client:
+                failed = [ext(b"boom"), ext(b"leave"), ext(b"text"), ext(b"wrong")]
+                assert client.ask(*failed, RNUM()) == [*4 * [Reply(STORE_FAILED)], Reply(SUCCESS, 0)]
+            said = server.output
+        for name, what in (
+            ("boom", "raised ZeroDivisionError: integer division or modulo by zero\nTraceback"),
+            ("leave", "raised SystemExit\nTraceback"),
+            ("text", "answered str, not bytes or None"),
+            ("wrong", "raised TypeError: "),
+        ):
+            assert said.count(f"the function {name!r} of --ext {path} ") == 1, said
+            assert f"the function {name!r} of --ext {path} {what}" in said
+        assert said.count(f'File "{path}", line 3, in boom') == 1
+        assert "uvloop" not in said
+        assert "in guarded" not in said
+
+
+def test_a_loaded_function_is_called_again_when_its_transaction_is_run_again(place: Path) -> None:
+    (place / "growing.py").write_text(
+        "def grow(records, key, value):\n    records.put(key, bytes(300_000))\n    return b''\n"
+        "EXTENSIONS = {'grow': grow}\n"
+    )
+    functions = extensions.load("growing")
+    store = LMDBStore(place / "state.lmdb", map_size=200_000)
+    options = ServerOptions(tcp_mask=OPEN, functions=functions)
+    with ServerThread(store, options=options) as server, server.connect() as client:
+        assert client.ask(*[ext(b"grow", b"%d" % number) for number in range(10)], RNUM())[-1].value == 10
+
+
 def test_an_outage_in_a_function_is_told_without_a_trace(caplog: pytest.LogCaptureFixture) -> None:
     def unavailable(records: Verbs, key: bytes, value: bytes) -> bytes:
         raise StoreUnavailable("what it asks is out of order")

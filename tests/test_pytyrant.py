@@ -18,7 +18,7 @@ import pytest
 from beaker_statestore.exceptions import OutcomeUnknown, StateStoreError, StoreUnavailable
 from beaker_statestore.testing import ServerProcess
 from beaker_statestore.tyrant import pytyrant
-from beaker_statestore.tyrant.commands import FAILURE, STORE_FAILED, SUCCESS, Reply, Request
+from beaker_statestore.tyrant.commands import FAILURE, FORBIDDEN, STORE_FAILED, SUCCESS, TOO_MUCH, Reply, Request
 from beaker_statestore.tyrant.pytyrant import (
     PyTableTyrant,
     PyTyrant,
@@ -230,6 +230,23 @@ def test_what_is_sent_where_pytyrant_sent_something_else(peer: Peer, peers: PyTy
         ("restore", (b"/log", 7, 0)),
         ("setmst", (b"master", 1979, 0, 0)),
     ]
+
+
+def test_what_is_masked_or_too_long_is_an_error_with_the_remedy_and_no_absence() -> None:
+    with ServerProcess("memory:", arguments=["--mask", "get,vsiz", "--max-reply", "1"]) as server:
+        host, _, port = server.url.rpartition(":")
+        with PyTyrant.open(host, int(port)) as t:
+            with pytest.raises(TyrantError, match="start it with --unmask vanish") as caught:
+                t.clear()
+            assert caught.value.args[0] == FORBIDDEN
+            reads: list[Callable[[], object]] = [lambda: t["k"], lambda: t.get("k"), lambda: "k" in t]
+            for read in reads:
+                with pytest.raises(TyrantError, match=r"start it with --unmask (get|vsiz)"):
+                    read()
+            t.multi_set([(f"{number:0600000d}", "v") for number in range(2)])
+            with pytest.raises(TyrantError, match="--max-reply") as caught:
+                t.prefix_keys("")
+            assert caught.value.args[0] == TOO_MUCH
 
 
 def test_an_error_says_what_the_status_means(raw: Tyrant) -> None:

@@ -52,7 +52,9 @@ def refused(*arguments: str, cwd: Path) -> str:
 def test_it_says_where_it_listens_what_it_serves_and_what_a_crash_can_lose(tmp_path: Path) -> None:
     arguments = ["--listen", "127.0.0.1:0", "--listen", "unix:s", "--db", "var/lib/state.lmdb"]
     with serving(*arguments, cwd=tmp_path) as (process, (first, second, third)):
-        match = re.fullmatch(r"statestore \S+ serves var/lib/state\.lmdb at (127\.0\.0\.1:\d+), unix:s\n", first)
+        match = re.fullmatch(
+            r"statestore \S+ serves var/lib/state\.lmdb \(new\) at (127\.0\.0\.1:\d+), unix:s\n", first
+        )
         assert match
         assert second.startswith("In a crash: a dying process loses nothing")
         assert third.startswith("Every 600 s it removes expired documents")
@@ -89,6 +91,20 @@ def test_it_stops_in_order_when_told_to_and_keeps_what_it_has(tmp_path: Path, nu
 def test_what_a_crash_can_lose_depends_on_the_store(tmp_path: Path, arguments: list[str], promise: str) -> None:
     with serving("--listen", "unix:s", *arguments, cwd=tmp_path) as (_, (_, second, _)):
         assert promise in second
+
+
+@pytest.mark.parametrize("db", ["casket.tcb", "cabinet:casket.tcb", "cabinet:casket.tcb?reserve=1MiB#bnum=1000"])
+def test_a_database_is_as_durable_by_its_url_as_by_its_path_and_whether_it_is_new_is_told(
+    tmp_path: Path, db: str
+) -> None:
+    for there in ("(new)", "(1 records)"):
+        with serving("--listen", "unix:s", "--db", db, cwd=tmp_path) as (process, (first, second, _)):
+            assert f" serves {db} {there} at unix:s\n" in first
+            assert "in the last 1 s" in second
+            with RawClient(Address(path=str(tmp_path / "s"))) as client:
+                assert client.ask(PUT(b"k", b"v")) == [Reply(SUCCESS)]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 0
 
 
 #: Stands still within a transaction that writes.
@@ -144,6 +160,17 @@ def test_a_client_that_breaks_the_protocol_is_logged_on_request(tmp_path: Path) 
         (["--listen", "unix:s", "--db", "directory.lmdb"], "directory.lmdb"),
         (["--listen", "unix:s", "--db", "memory:", "--sync", "os"], "--sync is for stores with a file"),
         (["--listen", "unix:s", "--db", "lmdb:x?sync=os", "--sync", "os"], "'sync' is twice"),
+        (["--listen", "unix:s", "--db", "cabinet:x.tcb?sync=os", "--sync", "os"], "says sync, and --sync does"),
+        (
+            ["--listen", "unix:s", "--db", "casket"],
+            "casket is neither a URL nor the name of a file ending in .lmdb, .tcb",
+        ),
+        (["--listen", "unix:s", "--db", "casket.tcb.bak"], "casket.tcb.bak is neither a URL nor"),
+        (["--listen", "21981", "--db", "memory:"], "did you mean 127.0.0.1:21981?"),
+        (["--unmask", "get, copy", "--db", "memory:"], "--unmask copy needs --backups"),
+        (["--unmask", "functions", "--db", "memory:"], "--unmask functions needs --ext"),
+        (["--unmask", "restore", "--db", "memory:"], "restore is always refused"),
+        (["--mask", "get,put", "--unmask", "put", "--db", "memory:"], "put stands in --mask and in --unmask"),
     ],
 )
 def test_it_refuses_in_one_line_what_it_cannot_do(tmp_path: Path, arguments: list[str], culprit: str) -> None:

@@ -21,9 +21,10 @@ from beaker_statestore.exceptions import ConfigurationError, StoreUnavailable
 from beaker_statestore.service import INHERITED, Service
 from beaker_statestore.stores.lmdb import LMDBStore
 from beaker_statestore.stores.memory import MemoryStore
+from beaker_statestore.tyrant import listening as listening_module
 from beaker_statestore.tyrant import server as server_module
 from beaker_statestore.tyrant.address import Address
-from beaker_statestore.tyrant.commands import GET, MGET, OUT, PUT, PUTKEEP, RNUM, STORE_FAILED, SUCCESS, Reply
+from beaker_statestore.tyrant.commands import COPY, GET, MGET, OUT, PUT, PUTKEEP, RNUM, SUCCESS, TOO_MUCH, Reply
 from beaker_statestore.tyrant.http import HTTPPolicy
 from beaker_statestore.tyrant.mask import OPEN
 from beaker_statestore.tyrant.server import Server, ServerLimits, ServerOptions
@@ -148,6 +149,37 @@ def test_a_log_that_is_moved_away_begins_anew_and_nobody_notices(tmp_path: Path)
         assert "No such file or directory" in process.rest()
 
 
+def test_a_log_tells_of_starts_ends_renewals_and_copies(tmp_path: Path) -> None:
+    arguments = ["--listen", "unix:s", "--db", "state.lmdb", "--log", "log", "--backups", "."]
+    log = tmp_path / "log"
+    with serving(*arguments, cwd=tmp_path) as process, client_at(tmp_path / "s") as client:
+        assert client.ask(COPY(b"monday.lmdb")) == [OK]
+        process.signal(signal.SIGHUP)
+        eventually(lambda: "SIGHUP" in log.read_text())
+        process.signal(signal.SIGTERM)
+        assert process.process.wait(5) == 0
+        assert process.rest() == ""
+    # After the date, the time and the level.
+    assert [line.split(" ", 3)[3] for line in log.read_text().splitlines()] == [
+        process.said[0].rstrip(),
+        f"copied the store to {tmp_path / 'monday.lmdb'}",
+        "SIGHUP: opened anew: the log",
+        "SIGTERM: it takes in nothing more, and ends once all that has come is answered",
+        "ended in order",
+    ]
+
+
+def test_systemds_sockets_find_out_who_has_vanished(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening(socket.AF_INET, ("127.0.0.1", 0)) as given:
+        monkeypatch.setattr(listening_module, "_FIRST_INHERITED", given.fileno())
+        monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+        monkeypatch.setenv("LISTEN_FDS", "1")
+        (sock,) = listening_module.inherited()
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 120
+        sock.detach()  # it is closed as the one that was given
+
+
 def test_without_a_log_a_hangup_ends_nothing(tmp_path: Path) -> None:
     arguments = ["--listen", "unix:s", "--db", "memory:", "--socket-mode", "660", "--max-reply", "1"]
     with serving(*arguments, cwd=tmp_path) as process, client_at(tmp_path / "s") as client:
@@ -157,7 +189,7 @@ def test_without_a_log_a_hangup_ends_nothing(tmp_path: Path) -> None:
         for _ in range(3):
             process.signal(signal.SIGHUP)
         assert client.ask(MGET([b"a", b"b"]), MGET([b"a"])) == [
-            Reply(STORE_FAILED),
+            Reply(TOO_MUCH),
             Reply(SUCCESS, [(b"a", value)]),
         ]
         process.signal(signal.SIGTERM)
@@ -332,7 +364,8 @@ def test_sockets_that_are_none_to_listen_at_are_named(tmp_path: Path) -> None:
             assert culprit in said
             assert not (tmp_path / "own").exists()
         with serving(*arguments, "--allow-remote", cwd=tmp_path, sockets=[remote]) as process:
-            assert f"0.0.0.0:{remote.getsockname()[1]}" in process.said[0]
+            assert "--allow-remote without --tls-ca" in process.said[0]
+            assert f"0.0.0.0:{remote.getsockname()[1]}" in process.said[1]
 
 
 def test_where_systemd_has_given_no_sockets_that_is_said(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import select
+import signal
 import socket
 import ssl
 import threading
@@ -37,6 +38,7 @@ from beaker_statestore.tyrant.tls import RECORD, TLS, Channel
 from beaker_statestore.tyrant.transport import TLSTransport
 from beaker_statestore.tyrant.wire import encode_reply, encode_request
 from tests.certificates import Authority
+from tests.faults.servers import eventually
 from tests.peer import Answer, Peer, Script
 from tests.proxy import Proxy
 from tests.serving import LOOPS, ServerThread
@@ -860,6 +862,53 @@ def test_our_server_demands_certificates(files: Files) -> None:
             store.put(b"key", b"value")
         assert "demands a certificate" in why(url_of(address, files))
         assert "does not accept our certificate" in why(url_of(address, files, cert=files.other_client))
+
+
+@pytest.mark.parametrize(
+    ("made", "weakness"),
+    [
+        ({}, None),
+        ({"begins": -9, "ends": -1}, "has expired"),
+        ({"begins": 1}, "is not valid yet"),
+        ({"client": True}, "is not one for servers"),
+    ],
+)
+def test_a_certificate_that_no_client_will_accept_is_told(
+    authority: Authority, made: dict[str, int], weakness: str | None
+) -> None:
+    file = authority.sign("judged", **made)  # type: ignore[arg-type]  # a bool is one of the numbers
+    found = tls.weakness(file)
+    assert (found is None) == (weakness is None)
+    assert found is None or weakness is None or weakness in found
+
+
+def test_it_is_told_at_the_start_and_when_it_is_read_anew(authority: Authority, tmp_path: Path) -> None:
+    file, log = authority.sign("aging", begins=-9, ends=-1), tmp_path / "log"
+    told = f"no client will accept the certificate in {file} (--tls-cert): it, or one that signed it, has expired"
+    arguments = ["--tls-cert", file, "--log", str(log), "--listen", f"unix:{tmp_path}/s"]
+    with ServerProcess("memory:", arguments=arguments) as server:
+        eventually(lambda: " serves memory: at " in log.read_text(), "it has started")
+        assert f"{server.url} (TLS), unix:{tmp_path}/s\n" in log.read_text()
+        assert log.read_text().count(told) == 1
+        os.kill(server.pid, signal.SIGHUP)
+        eventually(lambda: "SIGHUP: opened anew: the log, the certificate" in log.read_text(), "a renewal")
+        assert log.read_text().count(told) == 2
+        authority.sign("aging")
+        os.kill(server.pid, signal.SIGHUP)
+        eventually(lambda: log.read_text().count("opened anew") == 2, "another renewal")
+        assert log.read_text().count(told) == 2
+
+
+def test_without_a_port_for_it_there_is_no_tls(files: Files) -> None:
+    with pytest.raises(AssertionError, match=r"--tls-cert is for TCP, and every --listen is a Unix socket"):
+        ServerProcess("memory:", unix="/nowhere", arguments=["--tls-cert", files.server]).start()
+
+
+def test_who_lets_everybody_in_is_warned(files: Files) -> None:
+    with serving(files, "--allow-remote") as server:
+        assert "--allow-remote without --tls-ca: everybody who reaches the port may come in\n" in server.output
+    with serving(files, "--allow-remote", "--tls-ca", files.ca) as server:
+        assert "without --tls-ca" not in server.output
 
 
 def test_a_certificate_that_cannot_be_used_stops_the_start(files: Files) -> None:

@@ -67,7 +67,7 @@ class Backup(Job):
             self.reply = Reply(FAILURE)
             return True
         try:
-            path = self._backups.write(self._name, self._store)
+            self._backups.write(self._name, self._store)
         except ConfigurationError as error:
             self._complain("a copy failed: %s", error)
             self.reply = Reply(FAILURE)
@@ -75,7 +75,6 @@ class Backup(Job):
             logger.error("a copy failed: %s", error)
             self.reply = Reply(FAILURE)
         else:
-            logger.info("copied the store to %s", path)
             self.reply = Reply(SUCCESS)
         return True
 

@@ -7,6 +7,7 @@ begins with ``@``. Here a client gives the name of a new file in a directory tha
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from pathlib import Path
@@ -17,9 +18,13 @@ from beaker_statestore.stores.base import LocalStore
 
 __all__ = ["Backups"]
 
+logger = logging.getLogger(__name__)
+
 #: No separators, nothing hidden, nothing that a shell would see more in than a name; and none that an engine gives to
 #: a file beside a database, as it would believe what it finds there (Tokyo Cabinet's log, LMDB's locks).
-_NAME: Final = re.compile(rb"(?!.*(\.wal|-lock)\Z)[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}")
+_NAME: Final = re.compile(rb"(?!.*(\.wal|-lock)\Z)[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
+#: Bytes of a name; a file's may have 255, and until it is complete it has more.
+_LONGEST: Final = 200
 
 
 class Backups:
@@ -35,23 +40,31 @@ class Backups:
         if not os.access(self.directory, os.W_OK | os.X_OK):
             raise ConfigurationError(f"this process (user id {os.geteuid()}) may not make files in {self.directory}")
         # What a server has left that was killed while it wrote one.
-        for unfinished in self.directory.glob(".*.unfinished"):
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
+        self._remove_unfinished("*")
 
     def write(self, name: bytes, store: LocalStore) -> Path:
         """Copy ``store`` to a new file called ``name``, and answer its path.
 
-        :raises ConfigurationError: it is no plain name, or taken; or the store keeps no files.
+        Of a table only the records are copied; its indexes are files of their own.
+
+        :raises ConfigurationError: it is no plain name, not one for the store's kind of file, or taken; or the store
+            keeps no files.
         :raises StoreUnavailable: the copy failed; nothing is left of it.
         """
+        if len(name) > _LONGEST:
+            raise ConfigurationError(f"the name of a backup has {_LONGEST} letters at most, not {len(name)}")
         if not _NAME.fullmatch(name):
-            shown = name[:200].decode(errors="backslashreplace")
+            shown = name.decode(errors="backslashreplace")
             raise ConfigurationError(
                 f"{shown!r} is not the name of a backup: letters, digits and _.+=- , no directory, as in monday.lmdb, "
                 "and no .wal or -lock at the end"
             )
         path = self.directory / name.decode()
+        suffix = os.path.splitext(store.path or "")[1]
+        if path.suffix != suffix and suffix:  # by which it is known what a file is
+            raise ConfigurationError(
+                f"{path.name!r} does not end as the store's own file does: call the backup {path.stem}{suffix}"
+            )
         if os.path.lexists(path):  # which a copy, that takes long, would only find at its end
             raise _taken(path)
         unfinished = self.directory / f".{path.name}.unfinished"
@@ -65,9 +78,15 @@ class Backups:
         except OSError as error:
             raise StoreUnavailable(f"the backup {path} failed: {error.strerror}") from error
         finally:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
+            self._remove_unfinished(path.name)
+        logger.info("copied the store to %s", path)
         return path
+
+    def _remove_unfinished(self, name: str) -> None:
+        # Tokyo Cabinet copies a table's indexes to files with more behind the name.
+        for unfinished in self.directory.glob(f".{name}.unfinished*"):
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
 
     def _sync_directory(self) -> None:
         directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -30,12 +30,23 @@ from beaker_statestore.exceptions import (
 from beaker_statestore.tyrant import original
 from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.commands import (
+    APPEND,
+    CAS,
+    COMMANDS,
+    DECR,
     EXT,
     FORBIDDEN,
+    INCR,
     MISC,
+    PREPEND,
     PROBE,
+    REPLACE,
+    RESTORE,
+    SCAN,
+    SETMST,
     STORE_FAILED,
     SUCCESS,
+    TOO_MUCH,
     Body,
     Reply,
     Request,
@@ -52,6 +63,7 @@ __all__ = [
     "MissingFunctionError",
     "NotSentError",
     "Pool",
+    "RefusedError",
     "check_status",
     "connect",
     "describe",
@@ -66,6 +78,13 @@ MAX_IDLE: Final = 60.0
 #: server that has just come back do not act in step.
 RETRY_PAUSE: Final = (0.02, 0.1)
 
+#: Servers permit requests of so many bytes, whatever their limit; a larger one may be why a connection was closed.
+_LARGE: Final = 2**20
+#: ``ext`` functions that are the server's own.
+_BUILT_IN: Final = frozenset({PROBE, CAS, SCAN, REPLACE, APPEND, PREPEND, INCR, DECR})
+#: What a mask can name and open, and what it calls the functions of --ext.
+_MASKABLE: Final = frozenset({*(command.name for command in COMMANDS.values()), "functions"})
+
 #: Makes the requests to send out of what the server can do (`Connection.capabilities`). It may be called again.
 Choice = Callable[[frozenset[bytes]], Sequence[Request]]
 
@@ -76,6 +95,15 @@ class NotSentError(StoreUnavailable):
 
 class MissingFunctionError(ConfigurationError):
     """The server does not have one of our own functions. Nothing has been sent that needs it."""
+
+
+class RefusedError(ConfigurationError):
+    """The server answered that it does not do what was asked, since somebody has told it not to. It has not."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        #: `FORBIDDEN` or `TOO_MUCH`.
+        self.status = status
 
 
 # -- one connection
@@ -216,7 +244,7 @@ class Connection:
         """
         unsent = data = memoryview(b"".join([encode_request(request) for request in requests]))
         if time.monotonic() >= deadline:
-            raise self._failure(TimeoutError(), requests, begun=False)
+            raise self._failure(TimeoutError(), requests, len(data), begun=False)
         replies: list[Reply] = []
         answered = [request for request in requests if request.command.body is not Body.NO_REPLY]
         try:
@@ -232,7 +260,7 @@ class Connection:
                     replies += self._receive()
         except (OSError, ProtocolError) as error:
             self.close()
-            raise self._failure(error, requests, begun=len(unsent) < len(data)) from error
+            raise self._failure(error, requests, len(data), begun=len(unsent) < len(data)) from error
         except BaseException:
             # An interrupt, or a greenlet's timeout: the reply may still come.
             self.close()
@@ -252,12 +280,12 @@ class Connection:
         replies = []
         while (message := self._decoder.next()) is not None:
             _, reply = message
-            if reply.status > FORBIDDEN:
+            if reply.status > TOO_MUCH:
                 raise ProtocolError(f"there is no status {reply.status}")
             replies.append(reply)
         return replies
 
-    def _failure(self, error: Exception, requests: Sequence[Request], *, begun: bool) -> StoreUnavailable:
+    def _failure(self, error: Exception, requests: Sequence[Request], size: int, *, begun: bool) -> StoreUnavailable:
         names = ", ".join(dict.fromkeys(map(describe, requests)))
         if self._transport.has_refused(error):
             return NotSentError(_why_no_tls(self.address, error))
@@ -270,6 +298,8 @@ class Connection:
         else:
             what = f"the connection to the Tyrant server at {self.address} broke before {names} was answered ({error})"
             remedy = "see whether the server was restarted, and its log"
+            if size > _LARGE:
+                remedy = f"{size:,} bytes may be more than the server takes (--max-message, --max-list); else {remedy}"
         if not begun:
             return NotSentError(f"{what}; nothing had been sent: {remedy}")
         if all(map(is_repeatable, requests)):
@@ -300,18 +330,41 @@ def check_status(address: Address, request: Request, status: int) -> None:
     """Return if ``status`` answers ``request``, well or not.
 
     :raises StoreUnavailable: the store behind the server failed.
-    :raises ConfigurationError: the server does not let its clients do this.
+    :raises RefusedError: the server does not let its clients do this, or the answer would be above its limits.
     """
     if status == STORE_FAILED:
         raise StoreUnavailable(
             f"the store behind the Tyrant server at {address} failed to carry out {describe(request)}: "
             "see the server's log"
         )
-    if status == FORBIDDEN:
-        raise ConfigurationError(
-            f"the Tyrant server at {address} does not let its clients do {describe(request)}: "
-            "see the options --mask and --unmask of `statestore serve`; a Unix socket may be open to more"
+    if status == TOO_MUCH:
+        raise RefusedError(
+            status,
+            f"the Tyrant server at {address} does not answer {describe(request)}, as that would be more than a reply "
+            "may hold: ask for less, or start it with larger --max-reply and --max-keys",
         )
+    if status == FORBIDDEN:
+        raise RefusedError(
+            status,
+            f"the Tyrant server at {address} does not let its clients do {describe(request)}: {_remedy(request)}",
+        )
+
+
+def _remedy(request: Request) -> str:
+    command, arguments = request
+    if command in (RESTORE, SETMST):
+        return "it has no update log and no replicas"
+    name = command.name
+    if command is MISC:
+        name = arguments[0].decode(errors="replace")
+    elif command is EXT:
+        name = "" if arguments[0] in _BUILT_IN else "functions"
+    if name not in _MASKABLE:
+        return "see the options --mask and --unmask of `statestore serve`; a Unix socket may be open to more"
+    return (
+        f"{name} is forbidden by its --mask, or because this is TCP; start it with --unmask {name}, or connect to a "
+        "Unix socket of it"
+    )
 
 
 def describe(request: Request) -> str:

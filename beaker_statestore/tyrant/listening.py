@@ -84,6 +84,8 @@ def inherited(*, allow_remote: bool = False) -> list[socket.socket]:
         if sock.family != socket.AF_UNIX and not allow_remote:
             _check_loopback(Address.of(sock.getsockname()), sock.getsockname())
         os.set_inheritable(number, False)
+        if sock.family != socket.AF_UNIX:
+            _ask_for_the_vanished(sock)
         sockets.append(sock)
     return sockets
 
@@ -102,10 +104,7 @@ def _open(family: int, name: Any) -> socket.socket:
         if family != socket.AF_UNIX:
             # Without this, a restart would have to wait for the connections of before to be forgotten (TIME_WAIT).
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # The sockets that it accepts inherit these.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in KEEPALIVE:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            _ask_for_the_vanished(sock)
         if family == socket.AF_INET6:
             # Otherwise [::] would claim the port of all IPv4 addresses too.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -115,6 +114,13 @@ def _open(family: int, name: Any) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _ask_for_the_vanished(sock: socket.socket) -> None:
+    """Have the sockets that ``sock`` accepts, which inherit it, do as `KEEPALIVE` says."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _why_not_bound(address: Address, error: OSError) -> str:

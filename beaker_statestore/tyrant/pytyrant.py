@@ -35,6 +35,7 @@ from beaker_statestore.tyrant.client import (
     Client,
     Connection,
     Pool,
+    RefusedError,
     connect,
 )
 from beaker_statestore.tyrant.commands import MAGIC, NO_UPDATE_LOG, Request
@@ -57,6 +58,7 @@ __all__ = [
     "Query",
     "Tyrant",
     "TyrantError",
+    "TyrantFailure",
     "TyrantOutcomeUnknown",
     "TyrantUnavailable",
     "dict_to_list",
@@ -104,10 +106,18 @@ QUERY_OPERATIONS: Final = {
 
 
 class TyrantError(StateStoreError):
-    """The server answered that it did not do it. ``args[0]`` is the status: 1, since Tyrant knows no other."""
+    """The server answered that it did not do it. ``args[0]`` is the status.
+
+    It is 3 for what the server's operator has forbidden and 4 for more than one reply may hold, and then the message
+    says what to do; see `TyrantFailure` for 1.
+    """
 
     def __str__(self) -> str:
         return str(self.args[-1])
+
+
+class TyrantFailure(TyrantError):  # noqa: N818 - named like the status
+    """The status is 1, the only one that Tyrant knows: mostly, the record is not there. A mapping says so."""
 
 
 class TyrantUnavailable(StoreUnavailable, OSError):  # noqa: N818 - named like its base
@@ -181,12 +191,14 @@ class Tyrant:
     def _call(self, request: Request) -> Any:
         try:
             status, value = self._client.call(request)
+        except RefusedError as error:
+            raise TyrantError(error.status, str(error)) from error
         except OutcomeUnknown as error:
             raise TyrantOutcomeUnknown(str(error)) from error
         except StoreUnavailable as error:
             raise TyrantUnavailable(str(error)) from error
         if status:
-            raise TyrantError(status, f"{request.command.name}: {request.command.failure.value} (status {status})")
+            raise TyrantFailure(status, f"{request.command.name}: {request.command.failure.value} (status {status})")
         return value
 
     def put(self, key: Text, value: Text) -> None:
@@ -324,7 +336,7 @@ class PyTyrant(MutableMapping[Text, Any]):
     def __contains__(self, key: object) -> bool:
         try:
             self.t.vsiz(key)  # type: ignore[arg-type]  # what is neither bytes nor str is refused there
-        except TyrantError:
+        except TyrantFailure:
             return False
         return True
 
@@ -333,7 +345,7 @@ class PyTyrant(MutableMapping[Text, Any]):
     def __getitem__(self, key: Text) -> Any:
         try:
             return self.t.get(key)
-        except TyrantError:
+        except TyrantFailure:
             raise KeyError(key) from None
 
     def __setitem__(self, key: Text, value: Any) -> None:
@@ -342,14 +354,14 @@ class PyTyrant(MutableMapping[Text, Any]):
     def __delitem__(self, key: Text) -> None:
         try:
             self.t.out(key)
-        except TyrantError:
+        except TyrantFailure:
             raise KeyError(key) from None
 
     def setdefault(self, key: Text, value: Any) -> Any:  # type: ignore[override]  # pytyrant knows no default None
         """Store ``value`` if there is no such record, at once on the server; what is there now."""
         try:
             self.t.putkeep(key, value)
-        except TyrantError:
+        except TyrantFailure:
             return self[key]
         return value
 
@@ -362,7 +374,7 @@ class PyTyrant(MutableMapping[Text, Any]):
         while True:
             try:
                 key = self.t.iternext()
-            except TyrantError:
+            except TyrantFailure:
                 return
             yield key
 
@@ -425,7 +437,7 @@ class PyTyrant(MutableMapping[Text, Any]):
         """The length of the record's value."""
         try:
             return self.t.vsiz(key)
-        except TyrantError:
+        except TyrantFailure:
             raise KeyError(key) from None
 
     def get_stats(self) -> dict[str, str]:
@@ -463,7 +475,7 @@ class PyTableTyrant(PyTyrant):
     def __getitem__(self, key: Text) -> dict[bytes, bytes]:
         try:
             return list_to_dict(self.t.misc("get", RDBMONOULOG, [key]))
-        except TyrantError:
+        except TyrantFailure:
             raise KeyError(key) from None
 
     def __setitem__(self, key: Text, value: Row) -> None:
@@ -474,7 +486,7 @@ class PyTableTyrant(PyTyrant):
     ) -> Mapping[Any, Any]:
         try:
             self.t.misc("putkeep", _misc_options(no_update_log), [key, *dict_to_list(value)])
-        except TyrantError:
+        except TyrantFailure:
             return self[key]
         return value
 

@@ -17,7 +17,7 @@ from typing import Final
 
 from beaker_statestore.exceptions import ConfigurationError
 
-__all__ = ["RECORD", "TLS", "Channel", "client_context", "explain", "is_refusal", "renew", "server_context"]
+__all__ = ["RECORD", "TLS", "Channel", "client_context", "explain", "is_refusal", "renew", "server_context", "weakness"]
 
 #: Plain bytes in one record at most (RFC 8446, 5.1).
 RECORD: Final = 16384
@@ -46,6 +46,12 @@ _NOT_ACCEPTED: Final = {
 #: X509_V_ERR_..., openssl/x509_vfy.h.
 _NOT_YET_VALID, _EXPIRED, _WRONG_HOST, _WRONG_IP = 9, 10, 62, 64
 _UNTRUSTED: Final = {2, 18, 19, 20, 21, 24, 27}
+_WRONG_PURPOSE: Final = 26
+_WEAKNESSES: Final = {
+    _EXPIRED: "it, or one that signed it, has expired; renew it and send SIGHUP",
+    _NOT_YET_VALID: "it, or one that signed it, is not valid yet; check this machine's clock",
+    _WRONG_PURPOSE: "it is not one for servers (extendedKeyUsage); make it anew with serverAuth",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,26 @@ def renew(context: ssl.SSLContext, cert: str, key: str | None = None) -> None:
     """
     server_context(cert, key)
     _identify(context, ("--tls-cert", cert), ("--tls-key", key))
+
+
+def weakness(cert: str, key: str | None = None) -> str | None:
+    """Why no client will accept the certificate that `server_context` took, as far as can be told here; None: fine.
+
+    Whom clients trust, and by which name they call, is not known here.
+
+    :raises ConfigurationError: a file is wrong.
+    """
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False
+    _trust(trusting, "--tls-cert", cert)
+    server = Channel(server_context(cert, key), server_side=True)
+    client = Channel(trusting)
+    client.receive()
+    server.receive(client.outgoing())
+    client.receive(server.outgoing())
+    if not isinstance(client.error, ssl.SSLCertVerificationError):
+        return None
+    return _WEAKNESSES.get(client.error.verify_code, client.error.verify_message)
 
 
 def _harden(context: ssl.SSLContext) -> None:
