@@ -20,10 +20,14 @@ transaction of the library's, with a log beside the file (``.wal``) that whoever
 part may have been done; the library writes in place, so the record or, in a tree, the page that was being written in
 that very moment can be damaged. A power cut in that moment can do the same with either.
 
+A key of a tree may have several values, which only old clients of a server can give it: the first counts, ``put``
+replaces that, and `Verbs.delete` removes all.
+
 When an operation raises, what the batch has changed is put back, all values of a key in order. Not put back are
 ``optimize``, what ``misc search`` removes with ``out``, and records that were cleared all at once if the database has
 more than `LARGEST_UNDO` bytes; for databases that are only served also what a key such as ``next`` led to, and what
-``capnum`` has thrown out.
+``capnum`` has thrown out. With ``always``, the batch is two transactions if it clears or optimizes the database
+or makes an index, and a process that is killed may leave the first of them done.
 
 When writing the file fails in spite of the reserve, nothing more is written until the process is restarted. What is
 there can still be read, and may have a part of the batch that failed. Whoever then opens a hash database that had
@@ -40,12 +44,19 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, Final, TypeVar
 
 from beaker_statestore.exceptions import ConfigurationError, StateStoreError, StoreUnavailable
-from beaker_statestore.stores.base import PAGE, LocalStore, LocalVerbs
-from beaker_statestore.stores.cabinetfile import LEAST_RESERVE, RESERVE, CabinetFile, CabinetName, is_cabinet_name
+from beaker_statestore.stores.base import PAGE, PAGE_BYTES, LocalStore, LocalVerbs
+from beaker_statestore.stores.cabinetfile import (
+    LEAST_RESERVE,
+    RESERVE,
+    CabinetFile,
+    CabinetName,
+    Snapshot,
+    is_cabinet_name,
+)
 from beaker_statestore.stores.urls import byte_size, file_path, options, redacted, split
 
 __all__ = ["CabinetStore", "is_cabinet_name"]
@@ -58,12 +69,19 @@ logger = logging.getLogger(__name__)
 PATIENCE: Final = 30.0
 #: Clearing a database that has more bytes cannot be undone.
 LARGEST_UNDO: Final = 64 * 2**20
+#: A key and all its values may have so many bytes, as much as the wire takes. The library keeps sizes as C ints, adds
+#: to them, and dies of an overflow.
+LARGEST_RECORD: Final = 256 * 2**20
+#: So many records are looked for at once.
+MOST_FOUND: Final = 1_000_000
 #: The repetitions in braces of one regular expression, multiplied, may be so many; glibc writes each of them out.
 MOST_REPETITIONS: Final = 1000
 #: Bytes of one regular expression.
 LONGEST_EXPRESSION: Final = 1000
 
 _STORES: Final = ("hash", "B+ tree")
+#: Those whose values are not what was put, so that nothing can be done to them by getting and putting.
+_CHANGE_VALUES: Final = ("fixed-length", "table")
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 
@@ -77,7 +95,15 @@ _FUNCTIONS: Final[dict[bytes, slice]] = {
     **dict.fromkeys((b"defrag", b"cacheclear", b"setindex", b"search", b"metasearch", b"genuid"), slice(0)),
 }
 #: Those of them that the library may refuse in a transaction.
+_ADD: Final = frozenset({b"putcat", b"putdup", b"putdupback", b"putlist"})
 _OUTSIDE: Final = frozenset({b"defrag", b"cacheclear", b"setindex"})
+#: What a server's own scans do for a store.
+_SCANS: Final = frozenset({b"regex", b"range"})
+_DECIMAL: Final = re.compile(rb"[ \t]*[+-]?\d{1,18}")
+
+
+class _TooLargeError(StateStoreError):
+    """A record would be larger than any may be."""
 
 
 class _Transaction(LocalVerbs):
@@ -88,6 +114,8 @@ class _Transaction(LocalVerbs):
         self._database = file.database
         #: The values of each key that was changed, before that; a key has more than one only in a B+ tree.
         self._before: dict[bytes, list[bytes]] = {}
+        #: How many bytes each of those records has now, at most.
+        self._sizes: dict[bytes, int] = {}
         self._lost: list[str] = []
 
     def end(self) -> None:
@@ -100,15 +128,19 @@ class _Transaction(LocalVerbs):
 
     def _put_back(self) -> None:
         database = self._database
+        failed = 0
         for key, values in self._before.items():
             if database.is_tree:
-                database.misc(b"outlist", [key])
+                database.out_all(key)
                 # One by one behind each other, which no other function does.
-                database.misc(b"putlist", [piece for value in values for piece in (key, value)])
+                done = database.misc(b"putlist", [piece for value in values for piece in (key, value)]) is not None
             elif values:
-                database.put(key, values[0])
+                done = database.put(key, values[0])
             else:
-                database.out(key)
+                done = database.out(key) or database.get(key) is None
+            failed += not done
+        if failed:
+            self._lost.append(f"changes of {failed} records ({database.failure().text})")
         if self._lost:
             logger.error("%s: not undone: %s", self._file.name.place, ", ".join(self._lost))
 
@@ -116,13 +148,34 @@ class _Transaction(LocalVerbs):
         if self._database.is_tree:
             values = self._database.values(key)
             if values is None:
-                self._file.found_nothing(self._database.failure())
+                self._file.found_nothing()
             return values or []
         value = self.get(key)
         return [] if value is None else [value]
 
-    def _change(self, key: bytes, size: int = 0, *, removes: bool = False) -> list[bytes]:
-        """Get ready to change the record of ``key``; its values, as they are at the beginning of the batch."""
+    def _size(self, key: bytes) -> int:
+        """How many bytes all values of ``key`` have."""
+        database = self._database
+        if database.is_tree and database.value_count(key) > 1:
+            return sum(map(len, self._values(key)))
+        return database.vsiz(key) or 0
+
+    def _change(self, key: bytes, size: int = 0, *, removes: bool = False, adds: bool = False) -> list[bytes]:
+        """Get ready to change the record of ``key``; its values, as they are at the beginning of the batch.
+
+        :param size: so many bytes of a value are about to be written.
+        :param adds: what is there stays.
+        """
+        total = len(key) + size
+        if adds:
+            total += self._sizes.get(key, LARGEST_RECORD)
+            if total > LARGEST_RECORD:
+                total = len(key) + size + self._size(key)
+            self._sizes[key] = total
+        else:
+            self._sizes.pop(key, None)
+        if total > LARGEST_RECORD:
+            raise _TooLargeError(f"a record would have {total} bytes; Tokyo Cabinet bears {LARGEST_RECORD} here")
         file = self._file
         file.begin(removes=removes)
         file.take_room(len(key) + size, removes=removes)
@@ -136,12 +189,11 @@ class _Transaction(LocalVerbs):
     def get(self, key: bytes) -> bytes | None:
         value = self._database.get(key)
         if value is None and self._file.name.is_file:
-            self._file.found_nothing(self._database.failure())
+            self._file.found_nothing()
         return value
 
     def put(self, key: bytes, value: bytes, expires_at: float | None = None) -> None:
-        self._change(key, len(value))
-        if not self._database.put(key, value):
+        if not self._put(key, value):
             self._file.fail("refused a record")
 
     def add(self, key: bytes, value: bytes, expires_at: float | None = None) -> bool:
@@ -157,7 +209,7 @@ class _Transaction(LocalVerbs):
         if self.get(key) is None:
             return False
         self._change(key, removes=True)
-        if self._database.out(key):
+        if self._database.out_all(key) if self._database.is_tree else self._database.out(key):
             return True
         self._refused()
         return False
@@ -170,7 +222,8 @@ class _Transaction(LocalVerbs):
         if new is None:
             self.delete(key)
         elif new != expected:
-            self.put(key, new)
+            # A fixed-length database has no record of any other key than a number.
+            return self._put(key, new) is True
         return True
 
     def ordered_keys(self, start: bytes = b"", *, after: bool = False) -> Iterator[bytes]:
@@ -181,23 +234,17 @@ class _Transaction(LocalVerbs):
     ) -> tuple[list[bytes], bytes | None]:
         """As promised in `Verbs`. Where the database has no order, a scan begins by sorting all keys that it is about.
 
-        They are kept until it ends. Of scans at the same time, those with the narrower prefixes may have to sort them
-        again.
+        They are kept until it ends, for a few scans of different prefixes at the same time.
         """
         file = self._file
-        if file.database.is_ordered:
+        if file.database.is_tree:
             return super().scan(prefix, cursor, limit)
-        if limit < 1:
-            raise ValueError(f"a page of {limit} keys would never end the scan")
-        snapshot = file.snapshot
-        if snapshot is None or cursor is None or not snapshot.covers(prefix):
-            snapshot = file.snapshot = file.all_keys(prefix)
-        start, after = (prefix, False) if cursor is None else (cursor, True)
-        page = snapshot.page(start, after, limit + 1)
-        if len(page) > limit and page[limit].startswith(prefix):
-            return page[:limit], page[limit - 1]
-        file.snapshot = None
-        return [key for key in page[:limit] if key.startswith(prefix)], None
+        snapshot = None if cursor is None else file.snapshot(prefix)
+        if snapshot is None:
+            snapshot = file.all_keys(prefix)
+        page, cursor = _page_of(snapshot, prefix, cursor, limit)
+        file.keep_snapshot(prefix, None if cursor is None else snapshot)
+        return page, cursor
 
     def count(self) -> int:
         return self._database.rnum()
@@ -218,11 +265,17 @@ class _Transaction(LocalVerbs):
 
     @cached_property
     def native(self) -> Mapping[str, Callable[..., Any]]:  # type: ignore[override]
-        return {name: partial(function, self) for name, function in _NATIVE.items()}
+        return {name: partial(self._bounded, function) for name, function in _native_of(self._file.name.kind).items()}
+
+    def _bounded(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(self, *arguments)
+        except _TooLargeError:
+            return None
 
     def _refused(self) -> None:
         """Raise if the file failed; otherwise it was the record, and the answer says so."""
-        self._file.found_nothing(self._database.failure())
+        self._file.found_nothing("refused a change")
 
     def _put(self, key: bytes, value: bytes) -> bool | None:
         self._change(key, len(value))
@@ -232,7 +285,7 @@ class _Transaction(LocalVerbs):
         return None
 
     def _putcat(self, key: bytes, value: bytes) -> bool | None:
-        before = self._change(key, len(value))
+        before = self._change(key, len(value), adds=True)
         if before:  # it may have to move
             self._file.take_room(len(before[0]))
         if self._database.putcat(key, value):
@@ -240,10 +293,25 @@ class _Transaction(LocalVerbs):
         self._refused()
         return None
 
+    def _putshl(self, key: bytes, value: bytes, width: int) -> bool | None:
+        stored = self.get(key)
+        joined = value if stored is None else stored + value
+        return self._put(key, value if stored is None else joined[max(len(joined) - width, 0) :])
+
+    def _out(self, key: bytes) -> bool | None:
+        """The first of its values."""
+        if self.get(key) is None:
+            return None
+        self._change(key, removes=True)
+        if self._database.out(key):
+            return True
+        self._refused()
+        return None
+
     def _vsiz(self, key: bytes) -> int | None:
         size = self._database.vsiz(key)
         if size is None:
-            self._refused()
+            self._file.found_nothing()
         return size
 
     def _addint(self, key: bytes, number: int) -> int | None:
@@ -274,13 +342,13 @@ class _Transaction(LocalVerbs):
     # the one behind that. So a tree's iterator is here, and a place among the keys.
 
     def _iterinit(self) -> bool | None:
-        if self._database.is_ordered:
+        if self._database.is_tree:
             self._file.iterator = (b"", -1)
             return True
         return self._database.iterinit() or None
 
     def _iternext(self) -> bytes | None:
-        if not self._database.is_ordered:
+        if not self._database.is_tree:
             return self._database.iternext()
         record = self._next_record()
         return None if record is None else record[0]
@@ -314,24 +382,37 @@ class _Transaction(LocalVerbs):
         keys = _FUNCTIONS.get(name)
         if keys is None or not all(map(_is_bearable, _expressions(name, arguments))):
             return None
-        for key in arguments[keys]:
-            before = self._change(key)
+        if name in _SCANS:
+            if self._file.name.kind in _STORES:
+                return None
+            arguments = _with_maximum(name, arguments)
+        if arguments[keys] and sum(map(len, arguments)) > LARGEST_RECORD:
+            return None
+        for place, key in enumerate(arguments[keys]):
+            before = self._change(key, _added(name, arguments, place), adds=name in _ADD)
             # What is there may have to move.
             self._file.take_room(sum(map(len, before)))
         if arguments[keys]:
             self._file.take_room(sum(map(len, arguments)))
         elif name in _OUTSIDE:
-            self._file.begin()
-            self._file.pause()
-            results = self._database.misc(name, arguments)
-            self._file.resume()
-            return results
+            return self._file.outside(name, arguments)
         elif name == b"genuid":
             self._file.begin()
         elif name.endswith(b"search") and _removes(arguments):
             self._file.begin()
             self._lost.append(name.decode())
+        elif name in (b"get", b"getlist") and self._is_too_much(arguments if name == b"getlist" else arguments[:1]):
+            return None
         return self._database.misc(name, arguments)
+
+    def _is_too_much(self, keys: Sequence[bytes]) -> bool:
+        """Whether these records together are larger than any answer may be."""
+        room = LARGEST_RECORD
+        for key in keys:
+            room -= len(key) + self._size(key)
+            if room < 0:
+                return True
+        return False
 
     @cached_property
     def _own_functions(self) -> Mapping[bytes, Callable[[Sequence[bytes]], list[bytes] | None]]:
@@ -340,7 +421,7 @@ class _Transaction(LocalVerbs):
             b"vanish": self._misc_vanish,
             b"optimize": self._misc_optimize,
         }
-        if self._database.is_ordered:
+        if self._database.is_tree:
             functions |= {b"iterinit": self._misc_iterinit, b"iternext": self._misc_iternext}
         return functions
 
@@ -375,16 +456,68 @@ class _Transaction(LocalVerbs):
 _NATIVE: Final[dict[str, Callable[..., Any]]] = {
     "put": _Transaction._put,
     "putnr": _Transaction._put,
-    "putcat": _Transaction._putcat,
-    "vsiz": _Transaction._vsiz,
     "iterinit": _Transaction._iterinit,
     "iternext": _Transaction._iternext,
-    "fwmkeys": _Transaction._fwmkeys,
     "addint": _Transaction._addint,
     "adddouble": _Transaction._adddouble,
     "optimize": _Transaction._optimize,
     "misc": _Transaction._misc,
 }
+_NATIVE_OF_TREES: Final[dict[str, Callable[..., Any]]] = {"out": _Transaction._out}
+_NATIVE_OF_NO_STORES: Final[dict[str, Callable[..., Any]]] = {"fwmkeys": _Transaction._fwmkeys}
+_NATIVE_WHERE_VALUES_CHANGE: Final[dict[str, Callable[..., Any]]] = {
+    "putcat": _Transaction._putcat,
+    "putshl": _Transaction._putshl,
+    "vsiz": _Transaction._vsiz,
+}
+
+
+@lru_cache
+def _native_of(kind: str) -> Mapping[str, Callable[..., Any]]:
+    """What a database of ``kind`` does its own way; all else is the same by the verbs."""
+    return {
+        **_NATIVE,
+        **(_NATIVE_OF_TREES if kind == "B+ tree" else {}),
+        **(_NATIVE_OF_NO_STORES if kind not in _STORES else {}),
+        **(_NATIVE_WHERE_VALUES_CHANGE if kind in _CHANGE_VALUES else {}),
+    }
+
+
+def _page_of(snapshot: Snapshot, prefix: bytes, cursor: bytes | None, limit: int) -> tuple[list[bytes], bytes | None]:
+    """A page of the scan of ``prefix``, as `Verbs.scan` answers it."""
+    if limit < 1:
+        raise ValueError(f"a page of {limit} keys would never end the scan")
+    start, after = (prefix, False) if cursor is None else (cursor, True)
+    page: list[bytes] = []
+    size = 0
+    for key in snapshot.page(start, after, limit + 1):
+        if not key.startswith(prefix):
+            break
+        if len(page) >= limit or size > PAGE_BYTES:
+            return page, page[-1]
+        page.append(key)
+        size += len(key)
+    return page, None
+
+
+def _added(name: bytes, arguments: Sequence[bytes], place: int) -> int:
+    """How many bytes a ``misc`` function writes under the key of that ``place``."""
+    if name == b"putlist":
+        return sum(map(len, arguments[2 * place + 1 : 2 * place + 2]))
+    return sum(map(len, arguments[1:])) if name.startswith(b"put") else 0
+
+
+def _with_maximum(name: bytes, arguments: Sequence[bytes]) -> list[bytes]:
+    """The arguments of ``regex`` or ``range``, of which the second says how many records are wanted, 0 for all."""
+    if not arguments:
+        if name == b"regex":
+            return []
+        arguments = [b""]
+    given = _DECIMAL.match(arguments[1]) if len(arguments) > 1 else None
+    maximum = int(given[0]) if given else 0
+    if not 1 <= maximum <= MOST_FOUND:
+        maximum = MOST_FOUND
+    return [arguments[0], b"%d" % maximum, *arguments[2:]]
 
 
 def _number(integral: int, fractional: int) -> float:
@@ -448,6 +581,7 @@ class CabinetStore(LocalStore):
         # Now, as a daemon may change its directory before the file is first used.
         self._name = CabinetName.parse(os.fspath(name))
         self.kind = self._name.kind
+        self.scans_itself = self.kind not in _STORES
         self.path = self._name.place if self._name.is_file else None
         self._always = sync == "always"
         self._reserve = reserve
@@ -466,9 +600,12 @@ class CabinetStore(LocalStore):
         found = options(url, ("sync", "reserve"))
         reserve = byte_size(found["reserve"], "reserve") if "reserve" in found else RESERVE
         tuning = split(url).fragment
-        store = cls(
-            file_path(url) + (f"#{tuning}" if tuning else ""), sync=found.get("sync", "always"), reserve=reserve
-        )
+        path = file_path(url)
+        if "#" in path:
+            raise ConfigurationError(
+                f"{redacted(url)}: for the library, # ends a path, so no file or directory may have it"
+            )
+        store = cls(path + (f"#{tuning}" if tuning else ""), sync=found.get("sync", "always"), reserve=reserve)
         if store.kind not in _STORES:
             raise ConfigurationError(
                 f"{redacted(url)} is a {store.kind} database, which has rules of its own about keys and values: "
@@ -482,15 +619,18 @@ class CabinetStore(LocalStore):
     @cached_property
     def native(self) -> Mapping[str, Callable[..., Any]]:  # type: ignore[override]
         """Each as a transaction of its own."""
-        return {name: partial(self._native, name) for name in _NATIVE}
+        return {name: partial(self._native, name) for name in _native_of(self.kind)}
 
     def _native(self, name: str, *arguments: Any) -> Any:
         return self._alone(lambda verbs: verbs.native[name](*arguments))
 
-    def _enter(self) -> CabinetFile:
-        """The file, open, with the lock held: to be released by whoever calls this."""
+    def _acquire(self) -> None:
         if not self._lock.acquire(timeout=PATIENCE):
             raise StoreUnavailable(f"another thread has been using {self._name.place} for {PATIENCE:.0f} s")
+
+    def _enter(self) -> CabinetFile:
+        """The file, open, with the lock held: to be released by whoever calls this."""
+        self._acquire()
         try:
             if self.closed:
                 raise StateStoreError(f"the store on {self._name.place} has been closed")
@@ -504,7 +644,7 @@ class CabinetStore(LocalStore):
                     f"{self._name.place} belongs to the process that opened it before the fork ({file.pid}); "
                     "serve it with `statestore serve` and connect to that from several processes"
                 )
-            file.forget_old_snapshot()
+            file.forget_old_snapshots()
             return file
         except BaseException:
             self._lock.release()
@@ -525,13 +665,37 @@ class CabinetStore(LocalStore):
         finally:
             self._lock.release()
 
+    def scan(
+        self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = PAGE
+    ) -> tuple[list[bytes], bytes | None]:
+        """As promised in `Verbs`; others may use the store while keys are sorted."""
+        file = self._enter()
+        try:
+            if file.database.is_tree:
+                return super().scan(prefix, cursor, limit)
+            snapshot = None if cursor is None else file.snapshot(prefix)
+            keys = file.collect(prefix) if snapshot is None else None
+        finally:
+            self._lock.release()
+        if keys is not None:
+            snapshot = Snapshot(keys)
+        assert snapshot is not None
+        page, cursor = _page_of(snapshot, prefix, cursor, limit)
+        file = self._enter()
+        try:
+            file.keep_snapshot(prefix, None if cursor is None else snapshot)
+        finally:
+            self._lock.release()
+        return page, cursor
+
     def ordered_keys(self, start: bytes = b"", *, after: bool = False) -> Iterator[bytes]:
         """As promised in `LocalStore`. Where the database has no order, these are the keys of one moment."""
         file = self._enter()
         try:
-            keys = None if file.database.is_ordered else file.all_keys()
+            collected = None if file.database.is_tree else file.collect()
         finally:
             self._lock.release()
+        keys = None if collected is None else Snapshot(collected)
         while page := self._page(start, after) if keys is None else keys.page(start, after, PAGE):
             yield from page
             start, after = page[-1], True
@@ -564,15 +728,19 @@ class CabinetStore(LocalStore):
     def close(self) -> None:
         """As promised in `Store`.
 
-        :raises StoreUnavailable: what was not synchronised could not all be written.
+        :raises StoreUnavailable: what was not synchronised could not all be written, or another thread is still using
+            the store, which then is as before.
         """
-        with self._lock:
+        self._acquire()
+        try:
             self.closed = True
             file, self._file = self._file, None
             if self._closing is not None:
                 self._closing.detach()
             if file is not None:
                 file.close()
+        finally:
+            self._lock.release()
 
     def crash_can_lose(self, interval: float | None = None) -> str:
         since = "since the last sync" if interval is None else f"in the last {interval:g} s"

@@ -8,26 +8,32 @@ Three more come from what it does to its files:
 - It writes through a shared map into a file with holes. Where the disk has no room for one, the process dies (SIGBUS),
   and a tree goes on in memory as if nothing were wrong. So nothing is written while the disk is nearly full.
 - It makes its files readable for everybody. There are sessions in them.
+- ``optimize`` removes the file before it gives the new one its name. So the old one keeps another name until then.
+- It applies a log (``.wal``) to whatever file it finds beside it, if that was not closed. So one that cannot belong to
+  the file is moved out of the way first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from beaker_statestore import observe
 from beaker_statestore.exceptions import ConfigurationError, OutcomeUnknown, StateStoreError, StoreUnavailable
-from beaker_statestore.stores.tokyocabinet import Database, Failure, KeyList, OpenError
+from beaker_statestore.stores.tokyocabinet import Database, KeyList, OpenError
 
-__all__ = ["LEAST_RESERVE", "RESERVE", "CabinetFile", "CabinetName", "is_cabinet_name"]
+__all__ = ["LEAST_RESERVE", "RESERVE", "CabinetFile", "CabinetName", "Snapshot", "is_cabinet_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +44,20 @@ RESERVE: Final = 64 * 2**20
 LEAST_RESERVE: Final = 2**20
 #: What one write may allocate besides its own bytes: a page of the bucket array and one of records, or a leaf.
 PER_WRITE: Final = 16 * 2**10
+#: What ``optimize`` allocates for each bucket: 8 bytes at most, and there are more than were asked for, a prime number.
+PER_BUCKET: Final = 16
 #: The same where a tree keeps the leaves it has changed in its cache, whose room `RESERVE` covers.
 PER_CACHED_WRITE: Final = 2**10
 #: A list of sorted keys that nobody has asked for so many seconds is forgotten.
 SNAPSHOT_AGE: Final = 60.0
+#: So many of them are kept; the one that was used last goes last.
+MOST_SNAPSHOTS: Final = 4
 #: Only the owner may read.
 MODE: Final = 0o600
+#: What the old file is called while ``optimize`` writes a new one.
+BEFORE_OPTIMIZE: Final = ".before-optimize"
+#: What a log is called that belongs to another file than the one beside it.
+STALE: Final = ".stale"
 
 #: What the file of each suffix is: the type in its header, and what ttserver's ``stat`` calls it.
 _KINDS: Final = {
@@ -66,7 +80,12 @@ _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 # The header of every file: a magic string, the type, and at another place the file's length.
 _MAGIC: Final = b"ToKyO CaBiNeT\n"
 _TYPE_AT: Final = 32
+_FLAGS_AT: Final = 33
 _LENGTH_AT: Final = slice(56, 64)
+#: Which of the library's functions puts the keys of a B+ tree in order; 0 is for byte order (tcbdb.c).
+_ORDER_AT: Final = 128
+#: The flag of a file that was not closed (tchdb.h, HDBFOPEN; the same in tcfdb.h).
+_IS_OPEN: Final = 1 << 0
 _HEADER_SIZE: Final = 256
 
 #: Codes (tcutil.h) that say that the file could not be read or written: TCEOPEN to TCERMDIR.
@@ -93,6 +112,8 @@ class CabinetName(NamedTuple):
         :param text: such as ``casket.tch#bnum=1000000``, ``*`` or ``+#capnum=1000``.
         :raises ConfigurationError: it is no such name, or asks for what is not served.
         """
+        if "\0" in text:
+            raise ConfigurationError(f"{text!r} has a NUL, at which the library would cut it")
         place, *tuning = text.split("#")
         kind = _kind(place)
         if kind is None:
@@ -116,7 +137,11 @@ class CabinetName(NamedTuple):
                 )
             else:
                 create = "c" in value.lower()
-        return cls(place if place in _IN_MEMORY else os.path.abspath(place), kind, tuple(others), create)
+        if place not in _IN_MEMORY:
+            place = os.path.abspath(place)
+            if "#" in place:
+                raise ConfigurationError(f"{place}: for the library, # ends a path, so no directory may have it")
+        return cls(place, kind, tuple(others), create)
 
     @property
     def is_file(self) -> bool:
@@ -143,19 +168,15 @@ def _kind(place: str) -> str | None:
 
 
 class Snapshot:
-    """All keys that begin with ``prefix``, sorted, as they were at one moment.
+    """Keys, sorted, as they were at one moment.
 
     It takes 50 bytes or so for each key, and the key's own length.
     """
 
-    def __init__(self, keys: KeyList, prefix: bytes) -> None:
+    def __init__(self, keys: KeyList) -> None:
         keys.sort()
         self._keys = keys
-        self._prefix = prefix
         self.used = time.monotonic()
-
-    def covers(self, prefix: bytes) -> bool:
-        return prefix.startswith(self._prefix)
 
     def page(self, start: bytes, after: bool, limit: int) -> list[bytes]:
         """So many keys from ``start`` on, or from behind it."""
@@ -176,8 +197,8 @@ class CabinetFile:
         """
         self.name = name
         self.pid = os.getpid()
-        #: For `scan`, where the database has no order.
-        self.snapshot: Snapshot | None = None
+        #: For scans, where the database has no order: by prefix, the one that was used last behind.
+        self._snapshots: OrderedDict[bytes, Snapshot] = OrderedDict()
         #: The key that the iterator of a tree was at, and how many of its values are still to come.
         self.iterator: tuple[bytes, int] | None = None
         self._always = always and name.is_file
@@ -191,9 +212,10 @@ class CabinetFile:
             if not name.is_file:
                 self._open()
                 return
-            path = os.path.realpath(name.place)
-            if path in _open_paths:
+            self._real_path = os.path.realpath(name.place)
+            if self._real_path in _open_files or _identity(name.place) in _open_files.values():
                 raise ConfigurationError(f"{name.place} is already open in this process, as another store")
+            self._finish_optimize()
             self._descriptor = _descriptor(name)
             try:
                 self._check()
@@ -201,15 +223,20 @@ class CabinetFile:
             except BaseException:
                 os.close(self._descriptor)
                 raise
-            _open_paths.add(path)
-            self._real_path = path
+            _open_files[self._real_path] = _identity(name.place)
 
     # -- opening and closing
 
     def _open(self) -> None:
         try:
-            self.database = Database(self.name.full())
+            with _owner_only():
+                self.database = Database(self.name.full())
         except OpenError:
+            if self.name.is_file and self._real_path in _inherited:
+                raise ConfigurationError(
+                    f"{self.name.place} was open in the process that this one was forked from, and Tokyo Cabinet does "
+                    "not forget that; open it in a process that was forked before, or started anew"
+                ) from None
             raise ConfigurationError(
                 f"Tokyo Cabinet refuses {self.name}: its tuning may not fit, or the file is damaged"
                 + (f"; look at it with tcamgr inform {self.name.place}" if self.name.is_file else "")
@@ -225,12 +252,15 @@ class CabinetFile:
     def _check(self) -> None:
         """Take the file's lock, and raise if it is not what its name says."""
         path = self.name.place
-        self._lock(f"{path} is open in another process, which Tokyo Cabinet forbids; see `fuser -v {path}`")
+        self._lock(
+            self._descriptor, f"{path} is open in another process, which Tokyo Cabinet forbids; see `fuser -v {path}`"
+        )
         length = os.fstat(self._descriptor).st_size
         if not length:
+            self._move_stale_logs()
             self._look_at_disk(0)
             return
-        header = os.pread(self._descriptor, _HEADER_SIZE, 0)
+        header = self._header()
         suffix = path.rpartition(".")[2].lower()
         if not header.startswith(_MAGIC) or len(header) < _HEADER_SIZE:
             raise ConfigurationError(f"{path} is no Tokyo Cabinet database, or damaged at its beginning")
@@ -240,11 +270,69 @@ class CabinetFile:
                 f"{path} is a Tokyo Cabinet database of another type, {kinds.get(header[_TYPE_AT], 'an unknown one')}; "
                 "give it the right suffix"
             )
+        if self.name.kind == "B+ tree" and header[_ORDER_AT]:
+            raise ConfigurationError(
+                f"{path} is a tree whose keys are in another order than that of their bytes, in which different keys "
+                "can be the same; make one without -cd, -ci, -cj or a function of your own, and put the records there"
+            )
+        self._move_stale_logs()
         expected = int.from_bytes(header[_LENGTH_AT], "big")
         if expected > length and not self._has_transaction():
             raise ConfigurationError(
                 f"{path} is damaged: it was cut short, to {length} of {expected} bytes; restore it from a backup"
             )
+
+    def _files(self) -> list[str]:
+        """The file, and a table's indexes, each of which is a B+ tree in a file of its own."""
+        indexes = glob.glob(f"{glob.escape(self.name.place)}.idx.*") if self.name.kind == "table" else []
+        return [self.name.place, *(path for path in indexes if path.endswith((".lex", ".dec", ".tok", ".qgr")))]
+
+    def _header(self) -> bytes:
+        return os.pread(self._descriptor, _HEADER_SIZE, 0)
+
+    def _move_stale_logs(self) -> None:
+        """Put logs out of the way that belong to other files, as when a backup took the place of a killed server's.
+
+        Whoever begins a transaction marks the file as open; whoever closes it, or copies it by the library, has left
+        nothing to undo.
+        """
+        for path in self._files():
+            log = f"{path}.wal"
+            with contextlib.suppress(FileNotFoundError):
+                if not os.path.getsize(log):
+                    continue
+                with open(path, "rb") as file:
+                    header = file.read(_HEADER_SIZE) if path != self.name.place else self._header()
+                if len(header) == _HEADER_SIZE and header[_FLAGS_AT] & _IS_OPEN:
+                    continue
+                os.replace(log, log + STALE)
+                logger.warning(
+                    "%s is the log of another file than the one beside it, which was closed in order; "
+                    "it is not applied, and is now %s",
+                    log,
+                    log + STALE,
+                )
+
+    def _finish_optimize(self) -> None:
+        """Put back the old file if a process was killed while it wrote a new one."""
+        old = self.name.place + BEFORE_OPTIMIZE
+        try:
+            descriptor = os.open(old, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            # Another process may be at it just now. It has a lock on the old file.
+            self._lock(descriptor, f"{self.name.place} is being optimized by another process")
+            # The file itself is the last, so that what is interrupted here is done again.
+            for path in (*glob.glob(f"{glob.escape(self.name.place)}.idx.*{BEFORE_OPTIMIZE}"), old):
+                _put_back(path, path.removesuffix(BEFORE_OPTIMIZE))
+        except OSError as error:
+            raise StoreUnavailable(
+                f"{self.name.place} was left by an optimize that was killed; {old} cannot take its place: "
+                f"{error.strerror}"
+            ) from error
+        finally:
+            os.close(descriptor)
 
     def _has_transaction(self) -> bool:
         """Whether there is the log of one that was not finished, which the library will undo."""
@@ -253,9 +341,9 @@ class CabinetFile:
         except OSError:
             return False
 
-    def _lock(self, refusal: str) -> None:
+    def _lock(self, descriptor: int, refusal: str) -> None:
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise StoreUnavailable(refusal) from None
         except OSError as error:
@@ -269,14 +357,14 @@ class CabinetFile:
 
         :raises StoreUnavailable: not everything could be written.
         """
-        self.snapshot = None
+        self._snapshots.clear()
         if self.pid != os.getpid() or self.is_broken:
             return
         with _registry:
             closed = self.database.close()
             if self.name.is_file:
                 os.close(self._descriptor)
-                _open_paths.discard(self._real_path)
+                _open_files.pop(self._real_path, None)
         if not closed:
             raise StoreUnavailable(
                 f"{self.name.place} was closed, and not everything could be written ({self._room()})"
@@ -306,17 +394,12 @@ class CabinetFile:
         self._writing = True
 
     def _begin_transaction(self) -> None:
-        if not self._has_log:
-            self._make_log()
-        if not self.database.begin():
+        # Only the first makes the log; later ones are quick to begin.
+        with contextlib.nullcontext() if self._has_log else _owner_only():
+            begun = self.database.begin()
+        if not begun:
             self.fail("could not begin a transaction")
-        self._in_transaction = True
-
-    def _make_log(self) -> None:
-        # The library would let everybody read it.
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(f"{self.name.place}.wal", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE))
-        self._has_log = True
+        self._has_log = self._in_transaction = True
 
     def take_room(self, size: int, *, removes: bool = False) -> None:
         """Make sure that ``size`` bytes more can be written.
@@ -434,37 +517,79 @@ class CabinetFile:
             logger.error("%s", self._broken)
         raise StoreUnavailable(self._broken)
 
-    def found_nothing(self, failure: Failure) -> None:
-        """Raise unless ``failure`` only says that there is no such record."""
-        if failure.code in _FILE_FAILED or failure.code in _DAMAGED:
-            self.fail("could not be read")
+    def found_nothing(self, what: str = "could not be read") -> None:
+        """Raise unless the last failure only says that there is no such record, or that none can be like that."""
+        code = self.database.failure().code
+        if code in _FILE_FAILED or code in _DAMAGED:
+            self.fail(what)
 
     # -- the file as a whole
 
     def optimize(self, parameters: bytes) -> bool:
-        """Write the file anew, with other tuning; whether that was done."""
+        """Write the file anew, with other tuning; whether that was done.
+
+        What the batch has done until then counts, whatever becomes of the batch.
+        """
         self.begin()
-        if self.name.is_file:
-            self.take_room(self.database.size())
+        if not self.name.is_file:
+            return self.database.optimize(parameters)
+        bnum = max((int(number) for number in re.findall(rb"bnum=(\d{1,18})", parameters)), default=0)
+        self.take_room(self.database.size() + sum(map(os.path.getsize, self._files()[1:])) + PER_BUCKET * bnum)
         self.pause()
-        mode = os.fstat(self._descriptor).st_mode if self.name.is_file else 0
-        done = self.database.optimize(parameters)
-        if self.name.is_file:
+        self.sync()
+        mode = os.fstat(self._descriptor).st_mode
+        with _owner_only():
+            try:
+                self._keep_old_files()
+            except OSError as error:
+                raise StoreUnavailable(f"{self.name.place} cannot be optimized: {error.strerror}") from error
+            done = self.database.optimize(parameters)
+        self._has_log = False
+        old = self._descriptor
+        try:
             # There is another file of this name now, which the library has locked.
-            old, self._descriptor = self._descriptor, os.open(self.name.place, os.O_RDWR | os.O_CLOEXEC)
+            self._descriptor = os.open(self.name.place, os.O_RDWR | os.O_CLOEXEC)
             os.close(old)
             os.fchmod(self._descriptor, mode & 0o777)
-            self._has_log = False
+            _open_files[self._real_path] = _identity(self.name.place)
+            self.sync()
+            self._remove_old_files()
+        except (OSError, StateStoreError) as error:
+            # Whoever opens it next puts back the old file, and would lose what was written meanwhile.
+            self._break(f"{self.name.place} could not be optimized: {error}")
         self.resume()
         return done
 
+    def _keep_old_files(self) -> None:
+        # From the last run; and the file itself comes last here, so that where it is, everything is.
+        self._remove_old_files()
+        file, *indexes = self._files()
+        for path in indexes:  # these are emptied first
+            shutil.copyfile(path, path + BEFORE_OPTIMIZE)
+        os.link(file, file + BEFORE_OPTIMIZE)
+
+    def _remove_old_files(self) -> None:
+        for path in self._files():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + BEFORE_OPTIMIZE)
+
     def vanish(self) -> bool:
-        """Remove all records at once; whether that was done."""
+        """Remove all records at once; whether that was done. What the batch has done until then counts."""
         self.begin()
         self.pause()
         done = self.database.vanish()
         self.resume()
         return done
+
+    def outside(self, name: bytes, arguments: Sequence[bytes]) -> list[bytes] | None:
+        """Carry out a function of ``misc`` that is not possible in a transaction; this ends the batch's, too."""
+        self.begin()
+        self.pause()
+        with _owner_only():
+            results = self.database.misc(name, arguments)
+        self._has_log = False  # there may be one more index
+        self.resume()
+        return results
 
     def copy(self, path: str) -> None:
         """Write a copy to a new file at ``path``, and return when it is on the disk."""
@@ -474,7 +599,9 @@ class CabinetFile:
         except OSError as error:
             raise ConfigurationError(f"cannot write a copy to {path}: {error.strerror}") from error
         try:
-            copied = self.database.copy(os.fsencode(path))
+            # A table's indexes are copied too. Where there are none, the process goes on as it is for others.
+            with _owner_only() if self.name.kind == "table" else contextlib.nullcontext():
+                copied = self.database.copy(os.fsencode(path))
             self._lock_again()
             if not copied:
                 disk = os.fstatvfs(copy)
@@ -494,7 +621,7 @@ class CabinetFile:
 
     def _lock_again(self) -> None:
         try:
-            self._lock("another process has opened it while it was copied")
+            self._lock(self._descriptor, "another process has opened it while it was copied")
         except StoreUnavailable as error:
             self._break(f"{self.name.place} is no longer ours: {error}")
 
@@ -502,14 +629,28 @@ class CabinetFile:
 
     def all_keys(self, prefix: bytes = b"") -> Snapshot:
         """The keys that begin with ``prefix``, or more than those, as they are now."""
-        if self.name.kind == "fixed-length":
-            # Here fwmkeys takes an interval of numbers instead.
-            return Snapshot(self.database.fwmkeys(b"[min,max]"), b"")
-        return Snapshot(self.database.fwmkeys(prefix), prefix)
+        return Snapshot(self.collect(prefix))
+
+    def collect(self, prefix: bytes = b"") -> KeyList:
+        """The same, in no order."""
+        # Where keys are numbers, fwmkeys takes an interval of them instead.
+        return self.database.fwmkeys(b"[min,max]" if self.name.kind == "fixed-length" else prefix)
+
+    def snapshot(self, prefix: bytes) -> Snapshot | None:
+        """The keys of the scan of ``prefix`` that is under way."""
+        return self._snapshots.get(prefix)
+
+    def keep_snapshot(self, prefix: bytes, snapshot: Snapshot | None) -> None:
+        """Keep it for the next page of that scan, or ``None`` if there is none."""
+        self._snapshots.pop(prefix, None)
+        if snapshot is not None:
+            self._snapshots[prefix] = snapshot
+            while len(self._snapshots) > MOST_SNAPSHOTS:
+                self._snapshots.popitem(last=False)
 
     def ordered_keys(self, start: bytes, after: bool) -> Iterator[bytes]:
         """The keys from ``start`` on, or from behind it, in byte order."""
-        if not self.database.is_ordered:
+        if not self.database.is_tree:
             keys = self.all_keys()
             page = 1000
         else:
@@ -517,11 +658,14 @@ class CabinetFile:
             page = 8  # the next one is often all that is wanted
         while found := (self.database.range(start, not after, page) if keys is None else keys.page(start, after, page)):
             yield from found
+            if self.database.is_closed:
+                raise StateStoreError(f"the store on {self.name.place} has been closed while its keys were listed")
             start, after, page = found[-1], True, min(8 * page, 1000)
 
-    def forget_old_snapshot(self) -> None:
-        if self.snapshot is not None and time.monotonic() - self.snapshot.used > SNAPSHOT_AGE:
-            self.snapshot = None
+    def forget_old_snapshots(self) -> None:
+        now = time.monotonic()
+        for prefix in [prefix for prefix, kept in self._snapshots.items() if now - kept.used > SNAPSHOT_AGE]:
+            del self._snapshots[prefix]
 
 
 def _descriptor(name: CabinetName) -> int:
@@ -542,16 +686,65 @@ def _descriptor(name: CabinetName) -> int:
         ) from error
 
 
+def _identity(path: str) -> tuple[int, int] | None:
+    """What a file is whatever it is called: device and number."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return None
+    return there.st_dev, there.st_ino
+
+
+def _put_back(old: str, path: str) -> None:
+    if os.path.lexists(path) and os.path.samefile(old, path):
+        os.unlink(old)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, path + STALE)
+            logger.warning("%s%s is what an optimize that was killed has left; it can be removed", path, STALE)
+        os.rename(old, path)
+        logger.warning("%s is what it was before an optimize that was killed", path)
+    for unfinished in glob.glob(f"{glob.escape(path)}.tmp.*"):
+        os.unlink(unfinished)
+
+
+@contextlib.contextmanager
+def _owner_only() -> Iterator[None]:
+    """Files that this process makes meanwhile are for their owner only; the library itself lets everybody read."""
+    global _masks, _mask
+    with _registry:
+        if not _masks:
+            _mask = os.umask(0o077)
+        _masks += 1
+    try:
+        yield
+    finally:
+        with _registry:
+            _masks -= 1
+            if not _masks:
+                os.umask(_mask)
+
+
 # -- What is open in this process
 
-#: By real path. Closing a second descriptor would end the lock of the first.
-_open_paths: set[str] = set()
+#: By real path, and what it is. Closing a second descriptor would end the lock of the first.
+_open_files: dict[str, tuple[int, int] | None] = {}
+#: What was open when this process was forked; the library has it in its list for good.
+_inherited: set[str] = set()
+#: How many are within `_owner_only`, and what the mask for new files is otherwise.
+_masks = 0
+_mask = 0
 #: Held while something is opened or closed, and over a fork, as the library has such a list and lock of its own.
 _registry = threading.RLock()
 
 
 def _after_fork_in_child() -> None:
-    _open_paths.clear()
+    global _masks
+    _inherited.update(_open_files)
+    _open_files.clear()
+    if _masks:  # another thread's, which the child does not have
+        os.umask(_mask)
+        _masks = 0
     _registry.release()
 
 

@@ -76,8 +76,7 @@ uint8_t tcbdbflags(void *bdb);
 uint8_t tcfdbflags(void *fdb);
 uint8_t tctdbflags(void *tdb);
 
-void *tcbdbcmpfunc(void *bdb);
-int tccmplexical(const char *aptr, int asiz, const char *bptr, int bsiz, void *op);
+bool tcbdbout3(void *bdb, const char *kbuf, int ksiz);
 TCLIST *tcbdbget4(void *bdb, const char *kbuf, int ksiz);
 int tcbdbvnum(void *bdb, const char *kbuf, int ksiz);
 TCLIST *tcbdbrange(
@@ -169,18 +168,19 @@ class Database:
             self._own = getattr(self._handle, f"{prefix[2]}db")
             self._code = getattr(self._library, f"{prefix}ecode")
             self._flags = getattr(self._library, f"{prefix}flags")
-        #: Whether it is a B+ tree, whose keys may have several values.
+        #: Whether it is a B+ tree, whose keys have an order and may have several values.
         self.is_tree: bool = self._handle.omode == _TREE
-        #: Whether it is a B+ tree whose keys are in byte order.
-        self.is_ordered: bool = self.is_tree and self._library.tcbdbcmpfunc(self._own) == self._ffi.cast(
-            "void *", self._library.tccmplexical
-        )
 
     def close(self) -> bool:
-        """Write everything and release the file; ``False`` if writing failed. No other call may follow."""
-        closed: bool = self._library.tcadbclose(self._handle)
-        self._library.tcadbdel(self._handle)
+        """Write everything and release the file; ``False`` if writing failed. Any other call then is an error."""
+        handle, self._handle, self._own = self._handle, None, None  # cffi takes no None for a pointer
+        closed: bool = self._library.tcadbclose(handle)
+        self._library.tcadbdel(handle)
         return closed
+
+    @property
+    def is_closed(self) -> bool:
+        return self._handle is None
 
     def failure(self) -> Failure:
         """Why the last call failed, as far as the library tells."""
@@ -221,6 +221,11 @@ class Database:
 
     def out(self, key: bytes) -> bool:
         done: bool = self._library.tcadbout(self._handle, key, len(key))
+        return done
+
+    def out_all(self, key: bytes) -> bool:
+        """Remove all values of a key of a B+ tree."""
+        done: bool = self._library.tcbdbout3(self._own, key, len(key))
         return done
 
     def get(self, key: bytes) -> bytes | None:
