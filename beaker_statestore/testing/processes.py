@@ -162,7 +162,11 @@ class ServerProcess:
             self._output = None
 
     def __enter__(self) -> ServerProcess:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self._discard_output()  # as there will be no __exit__
+            raise
         return self
 
     def __exit__(

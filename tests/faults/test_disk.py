@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 import random
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -173,6 +174,8 @@ def test_a_copy_made_while_others_write_has_what_was_written_up_to_one_moment(tm
 #: Becomes the server, on a disk of 4 MiB that nobody else sees, of which a file that is in the way takes up half.
 _SMALL_DISK = """
 set -e
+# In a chroot, / is no mount; then the disk is seen outside, and goes when the server has gone.
+mount --make-rprivate / 2>/dev/null || true
 mount -t tmpfs -o size=4m statestore "$0"
 head -c 2M /dev/zero >"$0/in-the-way"
 exec "$@"
@@ -182,9 +185,13 @@ exec "$@"
 @contextmanager
 def _on_a_small_disk(directory: Path, *arguments: str) -> Iterator[ServerProcess]:
     assert os.geteuid() == 0, "a disk that is full takes a mount, and that takes root: run the tests as root"
-    by = ["unshare", "--mount", "sh", "-c", _SMALL_DISK, str(directory)]
-    with Misled(str(directory / "state.lmdb"), by=by, arguments=arguments) as server:
-        yield server
+    by = ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", _SMALL_DISK, str(directory)]
+    try:
+        with Misled(str(directory / "state.lmdb"), by=by, arguments=arguments) as server:
+            yield server
+    finally:
+        if os.path.ismount(directory):
+            subprocess.run(["umount", str(directory)], check=True)
 
 
 @pytest.mark.parametrize("sync", ["os", "always"])
