@@ -198,7 +198,7 @@ def store_url(text: str) -> str:
     path, tuned, tuning = text.partition("#")
     if path.endswith(".lmdb"):
         return f"lmdb://{quote(os.path.abspath(text))}"
-    if os.path.splitext(path)[1] in (".tch", ".tcb"):
+    if os.path.splitext(path)[1] in (".tch", ".tcb", ".tcf", ".tct"):
         return f"cabinet://{quote(os.path.abspath(path))}{tuned}{tuning}"
     return text
 

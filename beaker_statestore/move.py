@@ -44,10 +44,10 @@ def copy(source: str, target: str, prefix: str, overwrite: bool, output: Output)
     with open_store(from_url) as old, open_store(to_url) as new:
         if isinstance(old, LocalStore) and old.path is not None and not os.path.exists(old.path):
             raise ConfigurationError(f"there is no file {old.path}")  # which opening it would make
-        there = new.count()
+        total, copied = old.count(), 0
+        there = new.count()  # which would make a file, and so comes second
         if there and not overwrite:
             raise ConfigurationError(f"{redacted(to_url)} has {there:,} records already; give --overwrite, or another")
-        total, copied = old.count(), 0
         with _progress(output, total) as show:
             for group in _groups(old, prefix.encode()):
                 new.put_many(group)

@@ -563,6 +563,30 @@ def test_killed_while_it_is_optimized_a_database_is_as_before(tmp_path: Path, su
     raise AssertionError("it never came to its end")
 
 
+@pytest.mark.parametrize("suffix", ["tch", "tcb"])
+def test_what_an_optimize_has_left_does_not_take_the_place_of_a_newer_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"state.{suffix}"
+    with make_store(tmp_path, suffix) as store:
+        store.put(b"k", b"old")
+    path.rename(f"{path}.before-optimize")
+    with CabinetStore(tmp_path / f"other.{suffix}") as store:
+        store.put(b"k", b"restored")
+    (tmp_path / f"other.{suffix}").rename(path)
+    (tmp_path / f"{path.name}.before-optimize.stale").write_bytes(b"of an earlier time")
+    with make_store(tmp_path, suffix) as store:
+        assert store.get(b"k") == b"restored"
+    assert (tmp_path / f"{path.name}.before-optimize.stale").read_bytes() == b"of an earlier time"
+    assert (tmp_path / f"{path.name}.before-optimize.stale1").exists()
+    # But what somebody has left open may be half of it.
+    header = bytearray(path.read_bytes())
+    header[33] |= 1
+    path.write_bytes(header)
+    (tmp_path / f"{path.name}.before-optimize.stale1").rename(f"{path}.before-optimize")
+    with make_store(tmp_path, suffix) as store:
+        assert store.get(b"k") == b"old"
+    assert (tmp_path / f"{path.name}.stale").exists()
+
+
 @pytest.mark.parametrize("option", ["-cd", "-ci", "-cj"])
 def test_a_tree_of_another_order_is_no_store(tmp_path: Path, option: str) -> None:
     path = str(tmp_path / "state.tcb")

@@ -170,13 +170,13 @@ def test_whoever_had_a_long_reply_comes_after_others_and_yet_has_a_turn(
         assert costly.ask(PUT(b"l", b"v" * 2000), GET(b"l")) == [Reply(SUCCESS), Reply(SUCCESS, b"v" * 2000)]
         assert busy.ask(RNUM()) == [Reply(SUCCESS, 1)]
         with server.paused():
-            costly.send(encode_request(PUT(b"mark", b"")))
             busy.send(encode_request(PUT(b"k", b"v")) * 10_000)
+            costly.send(encode_request(PUT(b"mark", b"")))
             del batches[:]
         assert busy.receive(10_000) == bytes(10_000)
         assert costly.receive(1) == b"\0"
     assert len(batches) > 40
-    assert 0 < batches.index(True) < 10
+    assert batches.index(True) < 10
 
 
 def test_a_batch_ends_when_it_has_taken_long_enough_and_the_others_go_on_first(

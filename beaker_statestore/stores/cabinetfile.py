@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import itertools
 import logging
 import os
 import re
@@ -305,12 +306,11 @@ class CabinetFile:
                     header = file.read(_HEADER_SIZE) if path != self.name.place else self._header()
                 if len(header) == _HEADER_SIZE and header[_FLAGS_AT] & _IS_OPEN:
                     continue
-                os.replace(log, log + STALE)
                 logger.warning(
                     "%s is the log of another file than the one beside it, which was closed in order; "
                     "it is not applied, and is now %s",
                     log,
-                    log + STALE,
+                    _out_of_the_way(log),
                 )
 
     def _finish_optimize(self) -> None:
@@ -324,7 +324,15 @@ class CabinetFile:
             # Another process may be at it just now. It has a lock on the old file.
             self._lock(descriptor, f"{self.name.place} is being optimized by another process")
             # The file itself is the last, so that what is interrupted here is done again.
-            for path in (*glob.glob(f"{glob.escape(self.name.place)}.idx.*{BEFORE_OPTIMIZE}"), old):
+            before = (*glob.glob(f"{glob.escape(self.name.place)}.idx.*{BEFORE_OPTIMIZE}"), old)
+            if _was_closed_in_order(self.name.place) and not os.path.samefile(self.name.place, old):
+                # By somebody who has used it since, or who has put it here.
+                for path in before:
+                    logger.warning(
+                        "%s is newer than what an optimize has left, now %s", self.name.place, _out_of_the_way(path)
+                    )
+                return
+            for path in before:
                 _put_back(path, path.removesuffix(BEFORE_OPTIMIZE))
         except OSError as error:
             raise StoreUnavailable(
@@ -545,13 +553,15 @@ class CabinetFile:
                 raise StoreUnavailable(f"{self.name.place} cannot be optimized: {error.strerror}") from error
             done = self.database.optimize(parameters)
         self._has_log = False
-        old = self._descriptor
         try:
-            # There is another file of this name now, which the library has locked.
-            self._descriptor = os.open(self.name.place, os.O_RDWR | os.O_CLOEXEC)
-            os.close(old)
-            os.fchmod(self._descriptor, mode & 0o777)
-            _open_files[self._real_path] = _identity(self.name.place)
+            there = os.fstat(self._descriptor)
+            if _identity(self.name.place) != (there.st_dev, there.st_ino):
+                # There is another file of this name now, which the library has locked. Were it still the same, closing
+                # a descriptor would end the lock.
+                old, self._descriptor = self._descriptor, os.open(self.name.place, os.O_RDWR | os.O_CLOEXEC)
+                os.close(old)
+                os.fchmod(self._descriptor, mode & 0o777)
+                _open_files[self._real_path] = _identity(self.name.place)
             self.sync()
             self._remove_old_files()
         except (OSError, StateStoreError) as error:
@@ -695,13 +705,37 @@ def _identity(path: str) -> tuple[int, int] | None:
     return there.st_dev, there.st_ino
 
 
+def _out_of_the_way(path: str) -> str:
+    """Rename the file, and answer its new name, which none had."""
+    name = next(
+        name for name in (f"{path}{STALE}{number or ''}" for number in itertools.count()) if not os.path.lexists(name)
+    )
+    os.rename(path, name)
+    return name
+
+
+def _was_closed_in_order(path: str) -> bool:
+    """Whether there is a file which its last user has not left open, and which is complete."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(_HEADER_SIZE)
+            length = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return False
+    return (
+        len(header) == _HEADER_SIZE
+        and header.startswith(_MAGIC)
+        and not header[_FLAGS_AT] & _IS_OPEN
+        and int.from_bytes(header[_LENGTH_AT], "big") <= length
+    )
+
+
 def _put_back(old: str, path: str) -> None:
     if os.path.lexists(path) and os.path.samefile(old, path):
         os.unlink(old)
     else:
         with contextlib.suppress(FileNotFoundError):
-            os.rename(path, path + STALE)
-            logger.warning("%s%s is what an optimize that was killed has left; it can be removed", path, STALE)
+            logger.warning("%s is what an optimize that was killed has left unfinished", _out_of_the_way(path))
         os.rename(old, path)
         logger.warning("%s is what it was before an optimize that was killed", path)
     for unfinished in glob.glob(f"{glob.escape(path)}.tmp.*"):

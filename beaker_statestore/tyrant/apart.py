@@ -96,7 +96,9 @@ class Found(NamedTuple):
 
     pieces: list[bytes]
     keys: int
-    #: Where to go on; ``None``: there is no more.
+    #: What is left of the page of keys.
+    rest: list[bytes]
+    #: Where to go on behind it; ``None``: there is no more.
     cursor: bytes | None
 
 
@@ -116,6 +118,8 @@ class Scan(Job):
         self._found: list[bytes] = []
         self._count = 0
         self._cursor: bytes | None = None
+        #: Kept from step to step: where a database has no order, all its keys are sorted for a page.
+        self._page: list[bytes] = []
 
     def step(self) -> bool:
         """Look at the next keys."""
@@ -135,8 +139,8 @@ class Scan(Job):
         if self._count > self._keys:
             self._complain("a client asked for more than %d keys at once (--max-keys)", self._keys)
             return self._end(Reply(TOO_MUCH))
-        self._cursor = found.cursor
-        if found.cursor is None or self._count == self._plan.maximum:
+        self._page, self._cursor = found.rest, found.cursor
+        if (not found.rest and found.cursor is None) or self._count == self._plan.maximum:
             return self._end(Reply(SUCCESS, self._found))
         return False
 
@@ -145,23 +149,24 @@ class Scan(Job):
         return True
 
     def _look(self, records: LocalVerbs) -> Found:
-        plan = self._plan
+        plan, page, cursor = self._plan, self._page, self._cursor
+        if not page:
+            page, cursor = plan.page(records, cursor, STEP_KEYS)
         pieces: list[bytes] = []
-        count = size = 0
+        looked = count = size = 0
         enough = time.monotonic() + STEP_SECONDS
-        keys, cursor = plan.page(records, self._cursor, STEP_KEYS)
-        for key in keys:
+        for looked, key in enumerate(page, 1):  # noqa: B007 - how far it came is wanted behind the loop
             if plan.matches(key):
-                pieces.append(key)
+                value = records.get(key) if plan.values else b""
+                if value is None:
+                    continue  # it went since the page was read
+                pieces += (key, value) if plan.values else (key,)
                 count += 1
-                if plan.values:
-                    value = records.get(key) or b""
-                    pieces.append(value)
-                    size += len(value)
+                size += len(value)
             done = size > STEP_BYTES or self._count + count in (plan.maximum, self._keys + 1)
             if done or time.monotonic() > enough:
-                return Found(pieces, count, cursor if key is keys[-1] else key)
-        return Found(pieces, count, cursor)
+                break
+        return Found(pieces, count, page[looked:], cursor)
 
 
 class _TooLongError(Exception):

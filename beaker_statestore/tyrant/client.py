@@ -78,8 +78,10 @@ MAX_IDLE: Final = 60.0
 #: server that has just come back do not act in step.
 RETRY_PAUSE: Final = (0.02, 0.1)
 
-#: Servers permit requests of so many bytes, whatever their limit; a larger one may be why a connection was closed.
+#: Servers permit requests of so many bytes, and lists of so many elements, unless their operator has said less; a larger
+#: one may be why a connection was closed.
 _LARGE: Final = 2**20
+_LONG: Final = 20_000
 #: ``ext`` functions that are the server's own.
 _BUILT_IN: Final = frozenset({PROBE, CAS, SCAN, REPLACE, APPEND, PREPEND, INCR, DECR})
 #: What a mask can name and open, and what it calls the functions of --ext.
@@ -298,7 +300,8 @@ class Connection:
         else:
             what = f"the connection to the Tyrant server at {self.address} broke before {names} was answered ({error})"
             remedy = "see whether the server was restarted, and its log"
-            if size > _LARGE:
+            lists = (part for request in requests for part in request.arguments if isinstance(part, list))
+            if size > _LARGE or any(len(part) > _LONG for part in lists):
                 remedy = f"{size:,} bytes may be more than the server takes (--max-message, --max-list); else {remedy}"
         if not begun:
             return NotSentError(f"{what}; nothing had been sent: {remedy}")

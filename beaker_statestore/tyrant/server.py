@@ -60,8 +60,10 @@ READ_AHEAD: Final = 256 * 1024
 #: bytes a second, would take.
 COSTLY: Final = 1024 * 1024
 COSTLY_RATE: Final = 16 * 1024 * 1024
-#: If there are always others, the turns of these have such a part of the time, one of them in each.
+#: If there are always others, the turns of these have such a part of the time at most, one of them in each, and wait so
+#: many seconds at most for the next.
 COSTLY_PART: Final = 0.2
+COSTLY_PAUSE: Final = 0.2
 _NOT_IN_TIME: Final = "the rest of its request did not come"
 #: Connections that hold less than this do not count for the limit of memory.
 LIGHT: Final = 64 * 1024
@@ -289,7 +291,8 @@ class Server:
         self._began = time.monotonic()
         self._for_costly = self._is_turn_of_costly()
         while len(calls) < BATCH:
-            queue = self._costly if self._for_costly or (self._blocking and not self._ready) else self._ready
+            first = self._for_costly and not taken
+            queue = self._costly if first or (self._blocking and not self._ready) else self._ready
             connection = next(iter(queue), None)
             if connection is None:
                 break
@@ -303,7 +306,7 @@ class Server:
             if not connection.apart:
                 taken.append((connection, len(share)))
                 calls += share
-            if self._for_costly:
+            if self._for_costly and not self._blocking:
                 break
         if not calls:
             self._settle(taken, calls, [])
@@ -314,11 +317,12 @@ class Server:
             self._conclude(taken, calls, lambda: self._executor.execute(calls))
 
     def _is_turn_of_costly(self) -> bool:
-        """Whether this turn is for one of those alone that may take long.
+        """Whether one of those that may take long comes first in this turn.
 
-        Where each batch waits for the disk, they are part of it, behind the others.
+        It is alone in it, but for where each batch waits for the disk: there the others follow, and behind them, if
+        there is room, more of those.
         """
-        if self._blocking or not self._costly:
+        if not self._costly:
             return False
         return not self._ready or self._began >= self._costly_due
 
@@ -347,7 +351,7 @@ class Server:
                 connection.abort(f"its replies could not be sent: {error!r}")
         if self._for_costly:
             now = time.monotonic()
-            self._costly_due = now + (now - self._began) * (1 / COSTLY_PART - 1)
+            self._costly_due = now + min((now - self._began) * (1 / COSTLY_PART - 1), COSTLY_PAUSE)
         self._turning = bool(self._ready or self._costly)
         if self._turning:
             self._loop.call_soon(self._turn)
