@@ -78,8 +78,8 @@ MAX_IDLE: Final = 60.0
 #: server that has just come back do not act in step.
 RETRY_PAUSE: Final = (0.02, 0.1)
 
-#: Servers permit requests of so many bytes, and lists of so many elements, unless their operator has said less; a larger
-#: one may be why a connection was closed.
+#: Servers permit requests of so many bytes, and lists of so many elements, unless their operator has said less: what is
+#: larger may be why a connection was closed.
 _LARGE: Final = 2**20
 _LONG: Final = 20_000
 #: ``ext`` functions that are the server's own.
