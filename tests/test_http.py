@@ -45,8 +45,8 @@ from beaker_statestore.tyrant.http import LONGEST_JSON, HTTPPolicy
 from beaker_statestore.tyrant.mask import OPEN
 from beaker_statestore.tyrant.protocols import CallDecoder
 from beaker_statestore.tyrant.server import ServerLimits, ServerOptions
-from beaker_statestore.tyrant.wire import LIMITS, Encoded, Limits, encode_request
-from tests.serving import PATIENCE, ServerThread
+from beaker_statestore.tyrant.wire import LIMITS, Limits, encode_request
+from tests.serving import PATIENCE, ServerThread, joined
 from tests.test_demo_browser import QUIET
 
 OK = Reply(SUCCESS)
@@ -54,10 +54,6 @@ FAILED = Reply(FAILURE)
 BROKEN = Reply(STORE_FAILED)
 MASKED = Reply(FORBIDDEN)
 POLICY = HTTPPolicy(hosts=["Store.Example", "10.0.0.5"])
-
-
-def joined(encoded: Encoded) -> bytes:
-    return encoded if isinstance(encoded, bytes) else b"".join(encoded)
 
 
 class Answer(NamedTuple):
