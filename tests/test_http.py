@@ -45,7 +45,7 @@ from beaker_statestore.tyrant.http import LONGEST_JSON, HTTPPolicy
 from beaker_statestore.tyrant.mask import OPEN
 from beaker_statestore.tyrant.protocols import CallDecoder
 from beaker_statestore.tyrant.server import ServerLimits, ServerOptions
-from beaker_statestore.tyrant.wire import LIMITS, Limits, encode_request
+from beaker_statestore.tyrant.wire import LIMITS, Encoded, Limits, encode_request
 from tests.serving import PATIENCE, ServerThread, joined
 from tests.test_demo_browser import QUIET
 

@@ -42,7 +42,8 @@ from beaker_statestore.tyrant.mask import OPEN, Mask
 from beaker_statestore.tyrant.protocols import CallDecoder
 from beaker_statestore.tyrant.texts import function_name
 from beaker_statestore.tyrant.verbs import Executor, Reach
-from beaker_statestore.tyrant.wire import Encoded, Limits, ReplyDecoder, encode_request
+from beaker_statestore.tyrant.wire import Limits, ReplyDecoder, encode_request
+from tests.serving import joined
 
 __all__ = ["LIMITS", "POLICY", "Defect", "check_client", "check_server", "hear", "in_pieces"]
 
@@ -108,11 +109,6 @@ def in_volleys(data: bytes, cuts: Sequence[int]) -> list[list[bytes]]:
         if cut % 2 == 0:
             volleys.append([])
     return [volley for volley in volleys if volley]
-
-
-def joined(encoded: Encoded) -> bytes:
-    """All of an answer."""
-    return encoded if isinstance(encoded, bytes) else b"".join(encoded)
 
 
 def _with_short_strings_in_parts() -> AbstractContextManager[object]:
