@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Final
@@ -18,6 +19,7 @@ import click
 import simplejson
 from rich.console import Console
 from rich.highlighter import JSONHighlighter
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -74,6 +76,23 @@ class Output:
     def line(self, text: str) -> None:
         """Print one line for reading."""
         click.echo(_shown(text))
+
+    @contextmanager
+    def progress(self, total: Callable[[], int], text: str) -> Iterator[Callable[[int, str], None]]:
+        """Shows people how far something is, by a function to be called with how many records are done and what to say.
+
+        It disappears in the end.
+
+        :param total: how many records there are, or more; asked only if somebody looks.
+        :param text: what to say at first.
+        """
+        if self.as_json or not self.console.is_terminal:
+            yield lambda _done, _text: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("records"))
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(text, total=total())
+            yield lambda done, text: progress.update(task, completed=done, description=text)
 
     def table(self, headings: list[str], rows: list[list[str]]) -> None:
         """Print rows for reading. What does not fit beside the rest goes on below; nothing is left out."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from beaker_statestore.console import Output, output_option, store_url
 from beaker_statestore.exceptions import ConfigurationError
@@ -18,8 +16,7 @@ from beaker_statestore.stores.urls import redacted
 
 __all__ = ["copy"]
 
-#: So many keys are read at once, and so many bytes written, so that neither store has to wait long for the other.
-KEYS: Final = 200
+#: So many bytes are written at once.
 BYTES: Final = 4 * 1024 * 1024
 
 
@@ -48,11 +45,11 @@ def copy(source: str, target: str, prefix: str, overwrite: bool, output: Output)
         there = new.count()  # which would make a file, and so comes second
         if there and not overwrite:
             raise ConfigurationError(f"{redacted(to_url)} has {there:,} records already; give --overwrite, or another")
-        with _progress(output, total) as show:
+        with output.progress(lambda: total, "copied:") as show:
             for group in _groups(old, prefix.encode()):
                 new.put_many(group)
                 copied += len(group)
-                show(copied)
+                show(copied, "copied:")
         new.sync()
     if output.as_json:
         output.value({"copied": copied, "source": total})
@@ -66,30 +63,14 @@ def _groups(store: Store, prefix: bytes) -> Iterator[dict[bytes, bytes]]:
     """The records of ``store``, some at a time."""
     group: dict[bytes, bytes] = {}
     size = 0
-    cursor: bytes | None = None
-    while True:
-        keys, cursor = store.scan(prefix, cursor, KEYS)
-        for key in keys:
-            value = store.get(key)
-            if value is None:
-                continue
-            group[key] = value
-            size += len(key) + len(value)
-            if size > BYTES:
-                yield group
-                group, size = {}, 0
-        if cursor is None:
-            break
+    for key in store.keys(prefix):
+        value = store.get(key)
+        if value is None:
+            continue
+        group[key] = value
+        size += len(key) + len(value)
+        if size > BYTES:
+            yield group
+            group, size = {}, 0
     if group:
         yield group
-
-
-@contextmanager
-def _progress(output: Output, total: int) -> Iterator[Any]:
-    if output.as_json or not output.console.is_terminal:
-        yield lambda _: None
-        return
-    columns = (TextColumn("copied:"), BarColumn(), MofNCompleteColumn(), TextColumn("records"))
-    with Progress(*columns, console=output.console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda copied: progress.update(task, completed=copied)

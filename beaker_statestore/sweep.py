@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Final
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from beaker_statestore.console import Output, Seconds, configured_store, output_option, store_options
 from beaker_statestore.exceptions import StoreUnavailable
 from beaker_statestore.settings import Settings
-from beaker_statestore.stores.base import Store
 from beaker_statestore.sweeper import BATCH, LARGEST_BATCH, MARGIN, Sweep, Sweeper
 
 __all__ = ["sweep"]
@@ -88,9 +84,10 @@ def sweep(
     store = configured_store(settings)
     sweeper = Sweeper(store, chosen, start=start, margin=margin, dry_run=dry_run)
     try:
-        with _progress(output, store) as show:
+        # Records of others are counted too, so this is only the most that there can be.
+        with output.progress(store.count, "expired: 0") as show:
             for found in sweeper.run(max_seconds, batch):
-                show(found)
+                show(found.seen, f"expired: {found.expired:,}")
     except StoreUnavailable:
         if sweeper.sweep.seen:
             _report(output, sweeper.sweep, dry_run)
@@ -103,19 +100,6 @@ def sweep(
         output.line("prefixes that end in a letter or digit were left out; --prefix takes one of them")
     if not sweeper.done:
         sys.exit(NOT_DONE)
-
-
-@contextmanager
-def _progress(output: Output, store: Store) -> Iterator[Any]:
-    """Shows people how far a sweep is, by a function that is to be called with it. It disappears in the end."""
-    if output.as_json or not output.console.is_terminal:
-        yield lambda _: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("records"))
-    with Progress(*columns, console=output.console, transient=True) as progress:
-        # Records of others are in it too, so this is only the most that there can be.
-        task = progress.add_task("expired: 0", total=store.count())
-        yield lambda found: progress.update(task, completed=found.seen, description=f"expired: {found.expired:,}")
 
 
 def _report(output: Output, found: Sweep, dry_run: bool) -> None:

@@ -251,7 +251,7 @@ class LocalVerbs(Verbs):
     def scan(
         self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = PAGE
     ) -> tuple[list[bytes], bytes | None]:
-        """As promised in `Verbs`; here the cursor is the last key of the page, and any other key will do, too."""
+        """As promised in `Verbs`; here the cursor is the last key of the page."""
         if limit < 1:
             raise ValueError(f"a page of {limit} keys would never end the scan")
         start, after = (prefix, False) if cursor is None else (cursor, True)
