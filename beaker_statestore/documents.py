@@ -22,6 +22,7 @@ import simplejson
 from beaker_statestore.exceptions import DocumentDamagedError, DocumentRefusedError, ValueTooLargeError
 
 __all__ = [
+    "COMMIT",
     "EXPIRES",
     "MAX_BYTES",
     "MAX_DEPTH",
@@ -64,8 +65,10 @@ OPAQUE: Final = "_opaque"
 SEALED: Final = "_sealed"
 #: Stands for a session that was ended from elsewhere, against requests that had loaded it before; a random token.
 REVOKED: Final = "_revoked"
+#: A random token of the change that made the document what it is, where two could make the same of it (a counter's).
+COMMIT: Final = "_commit"
 #: The fields of ours; applications cannot have their own of these names.
-RESERVED: Final = frozenset({EXPIRES, SERIALIZER, OPAQUE, REVOKED, SEALED})
+RESERVED: Final = frozenset({COMMIT, EXPIRES, SERIALIZER, OPAQUE, REVOKED, SEALED})
 
 #: Beaker's own fields in a session, in epoch seconds (beaker.session.Session.load).
 ACCESSED: Final = "_accessed_time"

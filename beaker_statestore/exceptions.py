@@ -61,7 +61,7 @@ class ContentionError(StoreUnavailable):
     """Others kept changing the record for as long as we were willing to try."""
 
 
-class ConflictError(StateStoreError):
+class Conflict(StateStoreError):  # noqa: N818 - what happened, and often nobody's fault
     """Somebody else has changed the same fields meanwhile, and the caller asked not to overwrite that.
 
     Nothing was written. Load again, look, and decide.

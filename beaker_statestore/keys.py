@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 #: What records are for. No kind is the end of another: `validate_prefix` relies on it.
-KINDS: Final = frozenset({"session", "cache", "state", "slate", "queue", "lock", "index", "confirm"})
+KINDS: Final = frozenset({"session", "cache", "state", "slate", "queue", "lock", "index", "confirm", "mail"})
 #: The kinds whose records belong to no namespace.
 UNDIVIDED: Final = frozenset({"state"})
 #: The longest record key, in bytes.

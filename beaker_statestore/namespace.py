@@ -12,20 +12,19 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 from beaker.cache import clsmap
 from beaker.container import Container, NamespaceManager
 from beaker.crypto import get_crypto_module
 
-from beaker_statestore import documents, keys, observe, tagged
-from beaker_statestore.codec import DocumentCodec
+from beaker_statestore import keys, observe, tagged
+from beaker_statestore.collection import Collection
 from beaker_statestore.documents import EXPIRES, Document
 from beaker_statestore.exceptions import (
     ConfigurationError,
     DocumentDamagedError,
-    OutcomeUnknown,
     SessionUnavailable,
     StoreUnavailable,
 )
@@ -33,7 +32,6 @@ from beaker_statestore.keys import SESSION_KEY, shortened
 from beaker_statestore.locks import Lease
 from beaker_statestore.sessionrecord import SessionRecord
 from beaker_statestore.settings import Settings
-from beaker_statestore.stores import open_store
 
 __all__ = ["DocumentManager", "TCJSONContainer", "TCJSONNamespaceManager", "register", "warn_without_timeout"]
 
@@ -51,80 +49,26 @@ LONGEST_IN_LOCK: Final = 250
 AUTHENTICATING: Final = "beaker.crypto.pyca_cryptography"
 
 
-class DocumentManager(NamespaceManager):
-    """The documents of one kind in one namespace; what both the web and the mail door are built on.
+class DocumentManager(Collection, NamespaceManager):
+    """A collection in the form of Beaker's NamespaceManager; what the web and the mail door are built on.
 
     :param namespace: keeps documents of one kind apart, such as the name of a cache; None where a kind has no
         such division.
     :param kind: one of `keys.KINDS`, what the records are for.
     :param options: as for `Settings.from_options`, ``url`` above all.
     :raises ConfigurationError: an option is wrong or missing.
-
-    Methods raise `StoreUnavailable` when the store fails, `DocumentRefusedError` for what JSON cannot hold, and
-    `DocumentDamagedError` for a record that is not a document of ours. Instances hold no connection of their own and
-    may be shared by threads.
     """
 
     def __init__(self, namespace: str | None, *, kind: str, **options: Any) -> None:
-        super().__init__(namespace)
+        NamespaceManager.__init__(self, namespace)
         origin = "beaker.cache" if kind == "cache" else "beaker.session"
-        self.settings = Settings.from_options(options, origin=origin)
-        self.store = open_store(self.settings.url, **self.settings.timing)
-        self.codec = DocumentCodec.of(self.settings)
-        self.records = keys.Namespace(self.settings.prefix, kind, namespace, self.settings.hash_ids)
+        Collection.__init__(self, Settings.from_options(options, origin=origin), kind, namespace)
         self._reading = _Reading()
 
-    def read(self, key: str | None) -> Document | None:
-        """The document under ``key``; None when there is none or its ``_expires`` has passed."""
-        record = self.records.record(key)
-        return self.codec.current(self.store.get(record), record)
-
-    def modify(self, key: str | None, function: Callable[[Document | None], Document | None]) -> Document | None:
-        """Replace the document under ``key`` by what ``function`` makes of it, atomically, and answer the new one.
-
-        :param function: gets the current document (its own copy) or None, and returns the new one, or None or an
-            empty one to remove it. It is called again when somebody else was quicker, so it must have no side
-            effects.
-        """
-        record = self.records.record(key)
+    def modify(self, key: str | None, function: Callable[[Document | None], Document | None], **options: Any) -> Any:
+        """As promised in `Collection`; this thread reads what it has written."""
         self._reading.forget()
-
-        def on_bytes(current: bytes | None) -> bytes | None:
-            before = self.codec.current(current, record)
-            after = function(before)
-            if not after:
-                return None
-            if current is not None and before is not None and documents.same(after, self.codec.decode(current, record)):
-                return current
-            return self._encode(key, after)
-
-        return self.codec.current(self.store.modify(record, on_bytes, expires_at=documents.expires_at), record)
-
-    def read_many(self, keys: Iterable[str | None]) -> dict[str | None, Document]:
-        """The documents of those of ``keys`` that have one, all read together.
-
-        One damaged record must not hide all others, so here it is logged and passed over.
-        """
-        wanted = {self.records.record(key): key for key in keys}
-        found = {}
-        for record, data in self.store.get_many(wanted).items():
-            try:
-                document = self.codec.current(data, record)
-            except DocumentDamagedError as error:
-                observe.count("documents.damaged")
-                log.warning("passed over %s: %s", shortened(record), error)
-                continue
-            if document is not None:
-                found[wanted[record]] = document
-        return found
-
-    def pages(self) -> Iterator[list[str | None]]:
-        """The keys of all documents, page by page, as they are in the store; some may have expired.
-
-        Each key that is there all the time comes at least once. Not for hot paths.
-        """
-        for page in self.store.pages(self.records.scan_prefix):
-            yield [self.records.key(record) for record in page]
+        return super().modify(key, function, **options)
 
     # Beaker's interface
 
@@ -163,28 +107,17 @@ class DocumentManager(NamespaceManager):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._reading.forget()
-        text = self._key(key)
-        data = self._encode(text, value)
-        self.store.put(self.records.record(text), data, value.get(EXPIRES))
+        self.put(self._key(key), value)
 
     def __delitem__(self, key: Any) -> None:
-        record = self.records.record(self._key(key))
         self._reading.forget()
-        try:
-            found = self.store.delete(record)
-        except OutcomeUnknown:
-            # Absent now is what was asked for, whoever did it.
-            if self.store.get(record) is not None:
-                raise
-            found = True
-        if not found:
+        if not self.delete(self._key(key)):
             raise KeyError(key)
 
     def do_remove(self) -> None:
         """Remove the documents of this namespace, and nothing else."""
         self._reading.forget()
-        for page in self.store.pages(self.records.scan_prefix):
-            self.store.delete_many(page)
+        self.delete_all()
 
     def get_creation_lock(self, key: Any) -> Lease:
         """A lock for making one cache value, shared by all processes that use the store."""
@@ -197,9 +130,6 @@ class DocumentManager(NamespaceManager):
     def _key(self, key: Any) -> Any:
         """A key of the dictionary interface as `read` and the others take it."""
         return key
-
-    def _encode(self, key: str | None, document: Document) -> bytes:
-        return self.codec.encode(document, self.records.record(key), f"{self.records.kind}[{key!r}]")
 
 
 class _Reading(threading.local):

@@ -18,7 +18,7 @@ from beaker_statestore import documents, observe, payloads
 from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import ACCESSED, CREATED, EXPIRES, OPAQUE, RESERVED, REVOKED, SERIALIZER, Document
 from beaker_statestore.exceptions import (
-    ConflictError,
+    Conflict,
     ContentionError,
     DocumentDamagedError,
     DocumentRefusedError,
@@ -114,7 +114,7 @@ class SessionRecord:
 
         :param payload: the whole session as Beaker's serializer made it.
         :raises DocumentRefusedError: it holds what JSON cannot; nothing was written.
-        :raises ConflictError: with ``conflict = raise``, another request has changed the same key meanwhile.
+        :raises Conflict: with ``conflict = raise``, another request has changed the same key meanwhile.
         :raises StoreUnavailable: the store failed; whether the change is stored may be unknown.
         """
         read = payloads.read(
@@ -193,7 +193,7 @@ class SessionRecord:
             if merge.conflicts:
                 observe.count("session.conflict", len(merge.conflicts))
                 if self._settings.conflict == "raise":
-                    raise ConflictError(merge.conflicts)
+                    raise Conflict(merge.conflicts)
             if moves:
                 # What others have stored is listed under the old key only.
                 self._enlist(target, ours, merge.document)
@@ -317,7 +317,7 @@ class SessionRecord:
         while doubt is None or current is not None:
             try:
                 new = function(current)
-            except (ConflictError, _Ended):
+            except (Conflict, _Ended):
                 if stored is not None:
                     self._store.modify(target, functools.partial(self._unless_revoked, target, None), known=stored)
                 raise

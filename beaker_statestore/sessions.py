@@ -27,7 +27,7 @@ from beaker_statestore.keys import SESSION_KEY
 from beaker_statestore.sealing import StoreKeyError
 from beaker_statestore.sessionindex import GRACE, SessionIndex, indexed_text
 from beaker_statestore.sessionrecord import end_of
-from beaker_statestore.settings import Settings, read_ini, session_options
+from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
 
 __all__ = ["Sessions", "StoredSession"]
@@ -81,8 +81,7 @@ class Sessions:
         :param section: of the file, where `read_ini` cannot tell by itself.
         :raises ConfigurationError: the file, or a setting in it, is missing or wrong.
         """
-        mapping = settings if isinstance(settings, Mapping) else read_ini(settings, section)
-        return cls(Settings.from_options(session_options(mapping)))
+        return cls(Settings.of(settings, section))
 
     def of(self, value: str | int, *, by: str | None = None) -> list[StoredSession]:
         """The live sessions that have ``value``, the one last used first.

@@ -85,6 +85,10 @@ def _text(value: object) -> str:
     return str(value).strip()
 
 
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else _text(value) or None
+
+
 def _flag(value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -216,7 +220,7 @@ class Settings:
     #: The application uses Beaker's ``encrypt_key``: store what cannot be read, and do not merge it.
     encrypted: bool = _option(_flag, False)
     #: What becomes of a save that changes a key which another request has changed meanwhile: ``last``, it wins;
-    #: ``raise``, it raises `ConflictError` and writes nothing.
+    #: ``raise``, it raises `Conflict` and writes nothing.
     conflict: str = _option(_one_of("last", "raise"), "last")
     #: Whether to insist on a store that can compare and swap. Without it, an original ttserver will do.
     atomic: bool = _option(_flag, True)
@@ -241,6 +245,19 @@ class Settings:
     max_value: int = _option(_positive, 1024 * 1024)
     #: How long a cache entry stays behind its expiry, in seconds, for Beaker to serve while it is made anew.
     cache_grace: float = _option(_seconds, 120.0)
+
+    #: The queue (`beaker_statestore.fanout`) that tells what happens to states, sessions and mails; None: none does.
+    events: str | None = _option(_text_or_none, None)
+
+    @classmethod
+    def of(cls, application: Mapping[str, Any] | str | os.PathLike[str], section: str | None = None) -> Settings:
+        """By the ``beaker.session.*`` lines of an INI file, or of the mapping made from one.
+
+        :param section: of the file, where `read_ini` cannot tell by itself.
+        :raises ConfigurationError: the file, or a setting in it, is missing or wrong.
+        """
+        mapping = application if isinstance(application, Mapping) else read_ini(application, section)
+        return cls.from_options(session_options(mapping))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, origin: str = "beaker.session") -> Settings:

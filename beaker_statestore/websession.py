@@ -25,7 +25,7 @@ from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import ACCESSED, CREATED
 from beaker_statestore.exceptions import (
     ConfigurationError,
-    ConflictError,
+    Conflict,
     SessionMoved,
     SessionUnavailable,
     StoreUnavailable,
@@ -284,7 +284,7 @@ def _keep_session_ids_out_of_warnings() -> None:
 
 
 class OutageFilter:
-    """A WSGI filter that turns `StoreUnavailable` into 503 with Retry-After, and `ConflictError` into 409.
+    """A WSGI filter that turns `StoreUnavailable` into 503 with Retry-After, and `Conflict` into 409.
 
     The answer carries none of the application's headers, so no cookie either: the visitor keeps the session that he
     has. (Only after `SessionMoved` that is the one with the new id.) Once the application's answer is under way to
@@ -305,11 +305,11 @@ class OutageFilter:
             if not start.called:
                 # A generator does nothing, and so cannot fail, before its first chunk is asked for.
                 body = _Resumed(body)
-        except (StoreUnavailable, ConflictError) as error:
+        except (StoreUnavailable, Conflict) as error:
             _close(body)
             if start.sent:
                 raise
-            answer = self._conflict(error) if isinstance(error, ConflictError) else self._outage(error)
+            answer = self._conflict(error) if isinstance(error, Conflict) else self._outage(error)
             return answer(environ, start_response)  # type: ignore[no-any-return]  # WebOb has no hints
         start.send()
         return body
@@ -322,7 +322,7 @@ class OutageFilter:
             headers.append(("Set-Cookie", error.cookie))
         return HTTPServiceUnavailable("The session store is out of reach; please try again in a moment.", headers)
 
-    def _conflict(self, error: ConflictError) -> HTTPConflict:
+    def _conflict(self, error: Conflict) -> HTTPConflict:
         log.info("409: %s", error)
         return HTTPConflict(
             "Another request of yours, perhaps in another window, has changed the same thing meanwhile. Nothing of "

@@ -56,7 +56,7 @@ LAYERS = [
         ["sweeper"],
     ],
     [["stores.tyrant"], ["tyrant.pytyrant"], ["tyrant.server"], ["stores"]],
-    [["codec", "sessionindex", "sessionrecord", "sessions", "namespace", "router", "websession"]],
+    [["codec", "collection", "sessionindex", "sessionrecord", "sessions", "namespace", "router", "websession"]],
     [["testing.processes", "testing.conformance", "testing.faults", "testing"], ["console"]],
     [["extensions", "service", "serve"], ["records"], ["sweep"], ["reseal"], ["move"], ["who"]],
     [["cli", "__main__"]],

@@ -22,7 +22,7 @@ from beaker.crypto import noencryption
 
 from beaker_statestore.exceptions import (
     ConfigurationError,
-    ConflictError,
+    Conflict,
     DocumentDamagedError,
     DocumentRefusedError,
 )
@@ -432,7 +432,7 @@ def test_conflict_raise_refuses_what_another_request_has_changed(
     second["n"] = 3
     second["color"] = "blue"
     first.save()
-    with pytest.raises(ConflictError, match="'n'") as raised:
+    with pytest.raises(Conflict, match="'n'") as raised:
         second.save()
     assert raised.value.fields == ("n",)
     assert visitor.sees() == {"n": 2, "color": "red"}

@@ -18,7 +18,7 @@ from beaker.session import Session
 from webtest import TestApp
 
 from beaker_statestore.documents import REVOKED
-from beaker_statestore.exceptions import ConflictError, DocumentDamagedError, StoreUnavailable
+from beaker_statestore.exceptions import Conflict, DocumentDamagedError, StoreUnavailable
 from beaker_statestore.sessions import Sessions
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
@@ -835,6 +835,6 @@ def test_a_mark_is_not_removed_with_what_a_conflict_leaves_behind(faulty: Faulty
         other.save()
 
     store.action, store.nth = revoke_and_change, 3
-    with pytest.raises(ConflictError):
+    with pytest.raises(Conflict):
         session.save()
     assert REVOKED in json.loads(store.get(f"session:{session.id}".encode()) or b"{}")

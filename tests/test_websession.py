@@ -15,7 +15,7 @@ from beaker.middleware import SessionMiddleware
 from beaker.session import Session
 from webtest import TestApp
 
-from beaker_statestore.exceptions import ConfigurationError, ConflictError, StoreUnavailable
+from beaker_statestore.exceptions import ConfigurationError, Conflict, StoreUnavailable
 from beaker_statestore.stores import open_store
 from beaker_statestore.testing import FaultyStore
 from beaker_statestore.websession import OutageFilter, StateSession, filter_app_factory, make_filter
@@ -281,7 +281,7 @@ def test_the_filter_is_a_paste_filter(faulty: FaultyStore) -> None:
 
 def saving_early(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     start_response("200 OK", [("Content-Type", "text/plain"), ("Set-Cookie", "a=b")])
-    raise ConflictError(["cart"])
+    raise Conflict(["cart"])
 
 
 def saving_late(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:

@@ -30,6 +30,9 @@ CONTENTION_DEADLINE: Final = 5.0
 EAGER_TRIES: Final = 3
 #: The longest such wait, in seconds.
 LONGEST_BACKOFF: Final = 0.05
+#: The first and the longest pause between two looks of `Store.wait`, in seconds.
+FIRST_LOOK: Final = 0.005
+LONGEST_LOOK: Final = 0.5
 #: How many keys are read at once where nobody says.
 PAGE: Final = 1000
 #: A page ends before that once its keys have so many bytes.
@@ -201,6 +204,24 @@ class Store(Verbs):
             if tries > EAGER_TRIES:
                 # Jitter keeps rivals out of step; it needs no cryptographic quality.
                 time.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.001 * 2**tries)))  # noqa: S311
+
+    def wait(self, key: bytes, seconds: float) -> bool:
+        """Whether ``key`` has a record, waiting up to so many seconds until it has; False when it has none by then.
+
+        A store that can be told says so at once. Others, as here, look again and again, with growing pauses.
+
+        :param seconds: 0 or more. How much longer than that a call may take is as for every other verb.
+        """
+        deadline = time.monotonic() + seconds
+        pause = FIRST_LOOK
+        while self.get(key) is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            # Jitter keeps those who wait for the same out of step; it needs no cryptographic quality.
+            time.sleep(min(left, pause * random.uniform(0.5, 1)))  # noqa: S311
+            pause = min(LONGEST_LOOK, 2 * pause)
+        return True
 
     @abstractmethod
     def size(self) -> int:
