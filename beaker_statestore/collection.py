@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from beaker_statestore import documents, keys, observe
 from beaker_statestore.codec import DocumentCodec
@@ -23,6 +23,11 @@ from beaker_statestore.stores.base import CONTENTION_DEADLINE, UNREAD, Unread
 __all__ = ["Collection", "Fetched"]
 
 log = logging.getLogger(__name__)
+
+#: A document has the tokens of so many changes, the last ones that had to be told from others (`Collection.modify`).
+COMMITS: Final = 16
+#: How many random bytes one has. It need only differ from the others in the same document.
+TOKEN_BYTES: Final = 6
 
 
 class Fetched(NamedTuple):
@@ -123,22 +128,41 @@ class Collection:
             empty one to remove it. It is called again when somebody else was quicker, so it must have no side
             effects.
         :param known: the record as `fetch` found it; saves a read if it still is so.
-        :param own: the change must be told from the same one made by another, as counting must: what is stored gets a
-            random token (`documents.COMMIT`). Then a change whose answer was lost is neither lost nor done twice.
+        :param own: the change must be told from the same one made by another, as counting must: the document gets a
+            random token (`documents.COMMIT`). Then a change whose answer was lost is neither lost nor done twice,
+            unless, before it could be read back, others have removed the document or changed it `COMMITS` times.
         """
         record = self.records.record(key)
+        # What may have been stored instead of `base`, or may yet be, by its token.
+        tried: dict[str, bytes] = {}
+        base: bytes | None = None
+        done: bytes | None = None
 
         def on_bytes(current: bytes | None) -> bytes | None:
+            nonlocal base, done
             before = self.codec.current(current, record)
+            commits = _commits(before)
+            # It was done, and the answer lost; others have changed the document again since.
+            done = next((tried[token] for token in commits if token in tried), None)
+            if done is not None:
+                return current
+            if current != base:
+                tried.clear()
+                base = current
             after = function(before)
             if not after:
                 return None
             if current is not None and before is not None and documents.same(after, self.codec.decode(current, record)):
                 return current
-            return self.encode(key, {**after, COMMIT: secrets.token_hex(8)} if own else after)
+            if not own:
+                return self.encode(key, after)
+            token = secrets.token_urlsafe(TOKEN_BYTES)
+            tried[token] = self.encode(key, {**after, COMMIT: [token, *commits][:COMMITS]})
+            return tried[token]
 
         stored = self.store.modify(record, on_bytes, known=known, expires_at=documents.expires_at)
-        return self.codec.current(stored, record)
+        new = stored if done is None else done
+        return None if new is None else self.codec.decode(new, record)
 
     def take(self, key: str | None, condition: Callable[[Document], bool] | None = None) -> Document | None:
         """Remove the document under ``key`` and answer it; of several that take it at once, one gets it.
@@ -181,3 +205,9 @@ class Collection:
     def encode(self, key: str | None, document: Document) -> bytes:
         """``document`` as it is stored under ``key``."""
         return self.codec.encode(document, self.records.record(key), f"{self.records.kind}[{key!r}]")
+
+
+def _commits(document: Document | None) -> list[str]:
+    """The tokens in a document, the newest first."""
+    commits = (document or {}).get(COMMIT)
+    return [token for token in commits if isinstance(token, str)] if isinstance(commits, list) else []

@@ -65,7 +65,7 @@ OPAQUE: Final = "_opaque"
 SEALED: Final = "_sealed"
 #: Stands for a session that was ended from elsewhere, against requests that had loaded it before; a random token.
 REVOKED: Final = "_revoked"
-#: A random token of the change that made the document what it is, where two could make the same of it (a counter's).
+#: Random tokens of the last changes, the newest first, where two could make the same of a document (a counter's).
 COMMIT: Final = "_commit"
 #: The fields of ours; applications cannot have their own of these names.
 RESERVED: Final = frozenset({COMMIT, EXPIRES, SERIALIZER, OPAQUE, REVOKED, SEALED})
