@@ -1,0 +1,271 @@
+"""Confirmations: somebody has asked for something, and whoever reads the mail of that address has to agree to it.
+
+A secret is mailed to the address; whoever comes back with it, by a mail or by a click, to this process or another,
+has agreed. Of several that come at once, one is told so.
+
+`ConfirmationStorage` keeps them with the methods of salmon.confirm.ConfirmationStorage. `Confirmations` is what a web
+application uses, and `engine` makes the same of it for Salmon's handlers. Salmon is imported only for the latter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import parseaddr
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+from beaker_statestore import observe
+from beaker_statestore.collection import Collection
+from beaker_statestore.documents import EXPIRES, Document
+from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError
+from beaker_statestore.mailqueue import MailQueue
+from beaker_statestore.settings import Settings
+
+__all__ = ["LIFETIME", "Claim", "ConfirmationStorage", "Confirmations", "engine"]
+
+#: How long there is to confirm unless told otherwise, in seconds: three days.
+LIFETIME: Final = 3 * 86400.0
+#: Used by whom when it was called off; no other user has this name, since theirs are hashes.
+CANCELLED: Final = "cancelled"
+
+
+class Stored(NamedTuple):
+    """What `ConfirmationStorage` knows of one target and address."""
+
+    secret: str
+    #: What was kept for it, such as the key of a mail in a queue.
+    pending: str | None
+    #: Who has used it; None: nobody yet.
+    user: str | None
+
+
+class ConfirmationStorage:
+    """Which secret confirms what, with the methods of salmon.confirm.ConfirmationStorage.
+
+    There is one confirmation for each target (what is confirmed: ``subscribe``) and address; a later one replaces the
+    former. Both may be any text. Of an address, display name and letter case do not count.
+
+    :param store: a Store, the URL of one, or `Settings`.
+    :param lifetime: how long each is good, in seconds.
+    :param name: keeps the confirmations of several applications apart, as ``prefix`` does.
+    :param options: as for `Settings.from_options`.
+    :raises ConfigurationError: an option is wrong.
+
+    Safe for threads, and for processes that share the store. Every method raises `StoreUnavailable` when the store
+    fails.
+    """
+
+    def __init__(self, store: Any, lifetime: float = LIFETIME, *, name: str = "confirmations", **options: Any) -> None:
+        settings = store if isinstance(store, Settings) else Settings.from_options({"url": store, **options})
+        self.lifetime = lifetime
+        self._documents = Collection(settings, "confirm", name)
+
+    @classmethod
+    def from_settings(
+        cls,
+        application: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        section: str | None = None,
+        lifetime: float = LIFETIME,
+        name: str = "confirmations",
+    ) -> ConfirmationStorage:
+        """A storage by the ``beaker.session.*`` lines of an INI file, or of the mapping made from one.
+
+        :param section: of the file, where `read_ini` cannot tell by itself.
+        :raises ConfigurationError: the file, or a setting in it, is missing or wrong.
+        """
+        return cls(Settings.of(application, section), lifetime, name=name)
+
+    def get(self, target: str, from_address: str | None) -> tuple[str, str | None] | tuple[None, None]:
+        """The secret, as it was given to `store`, and the pending id; (None, None): there is none, or it was used."""
+        stored = self.find(target, from_address)
+        return (None, None) if stored is None or stored.user is not None else (stored.secret, stored.pending)
+
+    def find(self, target: str, from_address: str | None) -> Stored | None:
+        """As `get`, with who has used it."""
+        document = self._documents.read(_key(target, from_address))
+        return None if document is None else _stored(document)
+
+    def store(
+        self, target: str, from_address: str | None, expected_secret: str, pending_message_id: str | None
+    ) -> None:
+        """Keep the secret and the pending id until they are deleted, replaced, or `lifetime` is over."""
+        document: Document = {
+            "secret": expected_secret,
+            "pending": pending_message_id,
+            EXPIRES: time.time() + self.lifetime,
+        }
+        self._documents.put(_key(target, from_address), document)
+
+    def use(self, target: str, from_address: str | None, secret: str, user: str) -> Stored | None:
+        """The confirmation with this secret, if this ``user`` is the one who uses it: the first, then and ever after.
+
+        What is used stays, for `find` to tell by whom, until it expires or is replaced; `get` knows it no more.
+
+        :param user: tells those apart who come with the same secret. Whoever could not be answered, as the store
+            failed, comes again under the same name.
+        :return: None: there is none, the secret is wrong, or somebody else has used it.
+        """
+
+        def used(document: Document | None) -> Document | None:
+            right = document is not None and hmac.compare_digest(_stored(document).secret.encode(), secret.encode())
+            return {"user": user, **document} if document is not None and right else document
+
+        document = self._documents.modify(_key(target, from_address), used)
+        stored = None if document is None else _stored(document)
+        if stored is None or stored.user != user or not hmac.compare_digest(stored.secret.encode(), secret.encode()):
+            return None
+        return stored
+
+    def delete(self, target: str, from_address: str | None) -> None:
+        """Forget the confirmation; nothing happens if there is none."""
+        self._documents.delete(_key(target, from_address))
+
+    def clear(self) -> None:
+        """Forget all confirmations of this storage, and nothing else. Meant for tests."""
+        self._documents.delete_all()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a secret stands for."""
+
+    target: str
+    address: str
+    #: What was given to `Confirmations.ask` to be kept for it.
+    pending: str | None
+
+
+class Confirmations:
+    """Secrets to be mailed, of which only hashes are stored.
+
+    :param storage: where they are.
+    """
+
+    def __init__(self, storage: ConfirmationStorage) -> None:
+        self.storage = storage
+
+    def ask(self, target: str, address: str, pending: str | None = None) -> str:
+        """A new secret to mail to ``address``: 32 hexadecimal digits, which survive mail programs and letter case.
+
+        Whatever secret there was for the same target and address is no longer good.
+
+        :param pending: any text to keep for whoever comes with the secret, such as the key of a mail in a `MailQueue`.
+        """
+        secret = secrets.token_hex(16)
+        self.storage.store(target, address, _hash(secret), pending)
+        return secret
+
+    def look(self, target: str, address: str, secret: str, by: str | None = None) -> Claim | None:
+        """What `claim` would answer now, without using the secret.
+
+        For the page that a link leads to: programs that look at mails follow links, but press no buttons.
+        """
+        stored = self.storage.find(target, address)
+        if stored is None or not hmac.compare_digest(stored.secret.encode(), _hash(secret).encode()):
+            return None
+        mine = stored.user is None or (by is not None and stored.user == _hash(by))
+        return Claim(target, address, stored.pending) if mine else None
+
+    def claim(self, target: str, address: str, secret: str, by: str | None = None) -> Claim | None:
+        """Use the secret; None: it is wrong, too old, or somebody else has used it. Of several at once, one gets it.
+
+        :param by: what comes with one and the same request however often it is tried, and with no other, such as a
+            form's hidden random value or a mail's Message-ID. Whoever has got the claim gets it again, so that what
+            an outage breaks off, here or in what follows, can be tried again. Without it every call counts as another
+            request: after `StoreUnavailable` the secret may be used up, and nobody have got it.
+        """
+        user = secrets.token_hex(16) if by is None else _hash(by)
+        return self._use(target, address, secret, user)
+
+    def cancel(self, target: str, address: str, secret: str) -> Claim | None:
+        """Call off what was asked, as whoever gets a mail that he did not ask for may want; None: as for `claim`.
+
+        Doing so twice is harmless. Of this and a `claim` at once, one gets it.
+        """
+        return self._use(target, address, secret, CANCELLED)
+
+    def _use(self, target: str, address: str, secret: str, user: str) -> Claim | None:
+        stored = self.storage.use(target, address, _hash(secret), user)
+        if stored is None:
+            return None
+        observe.count("confirmations.cancelled" if user == CANCELLED else "confirmations.claimed")
+        return Claim(target, address, stored.pending)
+
+
+def engine(storage: ConfirmationStorage, pending: MailQueue) -> Any:
+    """A salmon.confirm.ConfirmationEngine over ``storage``, whose pending mails are in ``pending``.
+
+    Salmon's own makes a Maildir for them. `send` is Salmon's. ``verify`` and ``cancel`` are as atomic as
+    `Confirmations.claim`, and of secrets only hashes are stored; ``verify`` takes ``by`` as that does. A sender who
+    asks again gets a new secret, and his former mail is removed.
+
+    :raises ConfigurationError: the mails would be gone before the secrets are.
+    """
+    if pending.lifetime is not None and pending.lifetime < storage.lifetime:
+        raise ConfigurationError(
+            f"the pending mails in {pending.name!r} stay for {pending.lifetime:g} s, and confirmations for "
+            f"{storage.lifetime:g}: make MailQueue's lifetime at least as long"
+        )
+    return _engine_class()(storage, pending)
+
+
+@cache
+def _engine_class() -> Any:
+    from salmon.confirm import ConfirmationEngine
+
+    class StoreConfirmationEngine(ConfirmationEngine):
+        def __init__(self, storage: ConfirmationStorage, pending: MailQueue) -> None:
+            self.storage = storage
+            self.pending = pending
+            self.confirmations = Confirmations(storage)
+
+        def register(self, target: str, message: Any) -> str:
+            stored = self.storage.find(target, message.From)
+            secret = self.confirmations.ask(target, message.From, self.push_pending(message))
+            if stored is not None and stored.pending is not None:
+                self.delete_pending(stored.pending)
+            return f"{target}-confirm-{secret}"
+
+        def verify(self, target: str, from_address: str, expect_secret: str, by: str | None = None) -> Any:
+            secret = expect_secret or ""
+            claim = self.confirmations.look(target, from_address, secret, by)
+            # Read first, so that an outage here leaves the secret as good as it was.
+            message = None if claim is None or claim.pending is None else self.get_pending(claim.pending)
+            if message is None or self.confirmations.claim(target, from_address, secret, by) is None:
+                return None
+            return message
+
+        def cancel(self, target: str, from_address: str, expect_secret: str) -> None:
+            claim = self.confirmations.cancel(target, from_address, expect_secret or "")
+            if claim is not None and claim.pending is not None:
+                self.delete_pending(claim.pending)
+
+    return StoreConfirmationEngine
+
+
+def _stored(document: Document) -> Stored:
+    secret, pending, user = (document.get(name) for name in ("secret", "pending", "user"))
+    if not isinstance(secret, str):
+        raise DocumentDamagedError("a confirmation's record has no secret in it")
+    return Stored(secret, pending, user)
+
+
+def _key(target: str, address: str | None) -> str:
+    """Salmon's Router makes a sender's address bare and lower case, but for bounces, and others hand over headers.
+
+    As no target has a slash in it, different ones stay different.
+    """
+    bare = parseaddr(address or "")[1] or address or ""
+    return f"{target.replace('%', '%25').replace('/', '%2F')}/{bare.lower()}"
+
+
+def _hash(secret: str) -> str:
+    """A secret has 128 random bits, so its hash needs neither salt nor work."""
+    return hashlib.sha256(secret.lower().encode("utf-8", "surrogatepass")).hexdigest()
