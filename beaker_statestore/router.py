@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from beaker_statestore import keys
 from beaker_statestore.documents import RESERVED
+from beaker_statestore.events import Events
 from beaker_statestore.exceptions import ConfigurationError, StateStoreError, StoreUnavailable
 from beaker_statestore.namespace import DocumentManager
 from beaker_statestore.settings import read_ini, session_options
@@ -57,6 +58,7 @@ class RouterStateStorage:
     def __init__(self, *, allow_clear: bool = False, **options: Any) -> None:
         self.allow_clear = allow_clear
         self.documents = DocumentManager(None, kind="state", **options)
+        self.events = Events.of(self.documents.settings)
         self._memory = _Memory()
 
     @classmethod
@@ -164,9 +166,20 @@ class RouterStateStorage:
         if seen is not None:
             # Should the change fail, what was seen may be wrong.
             seen.pop(sender, None)
-        after = self.documents.modify(sender, lambda document: _document(change(_states(document))))
+        before: dict[str, str] = {}
+
+        def changed(document: dict[str, Any] | None) -> dict[str, Any]:
+            nonlocal before
+            before = _states(document)
+            return _document(change(before))
+
+        after = _states(self.documents.modify(sender, changed))
         if seen is not None:
-            seen[sender] = _states(after)
+            seen[sender] = after
+        if self.events is not None:
+            for key in sorted(before.keys() | after.keys()):
+                if before.get(key) != after.get(key):
+                    self.events.publish("state", sender=sender, key=key, state=after.get(key, START))
 
 
 class _Memory(threading.local):

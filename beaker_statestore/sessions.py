@@ -22,6 +22,7 @@ from typing import Any, Final
 from beaker_statestore import documents, keys, observe, tagged
 from beaker_statestore.codec import DocumentCodec
 from beaker_statestore.documents import ACCESSED, CREATED, EXPIRES, RESERVED, REVOKED, Document
+from beaker_statestore.events import Events
 from beaker_statestore.exceptions import ConfigurationError, ContentionError, DocumentError, StoreUnavailable
 from beaker_statestore.keys import SESSION_KEY
 from beaker_statestore.sealing import StoreKeyError
@@ -71,6 +72,7 @@ class Sessions:
         self._store = open_store(settings.url, **settings.timing)
         self._codec = DocumentCodec.of(settings)
         self._index = SessionIndex(self._store, settings)
+        self._events = Events.of(settings)
 
     @classmethod
     def from_settings(
@@ -149,6 +151,8 @@ class Sessions:
                 except (ContentionError, StoreKeyError) as error:
                     failure = failure or error
         observe.count("sessions.revoked", ended)
+        if self._events is not None and ended:
+            self._events.publish("revoked", by=by, value=text, ended=ended)
         if failure is not None:
             raise failure
         return ended

@@ -88,6 +88,10 @@
 29  a day of mixed load
       ``script/soak mixed --minutes 1440``; in small
       test_soak::test_clients_that_know_what_must_be_there_find_it_and_leave_nothing_behind
+30  kill -9 of a queue's consumers, and of its server
+      test_fanned::test_every_consumer_sees_every_message_in_order_whoever_is_killed
+      test_fanout::test_a_message_that_kills_its_consumers_ends_in_the_dead_letters
+      ``script/soak fanout``, with 100,000 messages for 5 consumers
 
 What needs a network of its own (packets dropped on the way, 15) or more than two cores (the latencies of 11 to 14 in
 full size, see ``benchmarks.crowd``) is shown by what comes next to it. A clock that is set back sets the times in the

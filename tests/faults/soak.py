@@ -17,6 +17,7 @@ from rich.table import Table
 from beaker_statestore.testing import ServerProcess
 from beaker_statestore.tyrant.address import Address
 from beaker_statestore.tyrant.commands import PUT, SUCCESS, Reply
+from tests.faults.fanned import fan_out
 from tests.faults.killing import Tally, found, kill_under_load
 from tests.faults.mixed import soak
 from tests.faults.servers import Misled
@@ -169,6 +170,22 @@ def _mixed(directory: Path, _kills: int, seconds: float) -> Result:
         + "".join(f"; {wrong}" for wrong in soaked.wrong),
     }
     return Result(not soaked.wrong and soaked.operations > 0 and grown < DRIFT, cells)
+
+
+@_case("fanout")
+def _fanout(directory: Path, kills: int, _seconds: float) -> Result:
+    """8 producers, 5 consumers of 500 messages for each kill of always; they and the server are killed; LMDB."""
+    with ServerProcess(str(directory / "state.lmdb")) as server:
+        fanned = fan_out(server, directory, messages=500 * kills)
+    cells = {
+        "kills": f"{fanned.consumers_killed + fanned.servers_killed:,}",
+        "acknowledged": f"{fanned.pushed:,}",
+        "lost": f"{fanned.lost:,}",
+        "wrong": f"{fanned.invented + fanned.disordered + fanned.dead:,}",
+        "reopened": f"{fanned.servers_killed:,}",
+        "": f"{fanned.seen:,} seen, {fanned.repeated:,} of them again, in {fanned.seconds:.0f} s",
+    }
+    return Result(fanned.kept, cells)
 
 
 _HEADINGS: Final = ("kills", "acknowledged", "lost", "wrong", "reopened", "slowest start", "")

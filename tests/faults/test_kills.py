@@ -76,9 +76,8 @@ def test_a_tree_of_tokyo_cabinets_loses_only_what_came_after_its_last_sync(tmp_p
     with ServerProcess(str(tmp_path / "casket.tcb"), arguments=arguments) as server:
         tally = kill_under_load(server, kills, after=(1.6, 1.8))
     assert not tally.wrong
-    assert tally.lost < tally.acknowledged
     # A sync takes its time too, and the machine may be busy. Without any, it would be all.
-    assert tally.oldest_lost < 1.3
+    assert tally.lost < tally.acknowledged / 2
 
 
 class PairWriter(threading.Thread):

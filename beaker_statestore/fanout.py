@@ -1,0 +1,290 @@
+"""A fan-out queue in the store: every consumer gets every message, in order, at least once, at a pace of its own.
+
+::
+
+    queue = Queue("127.0.0.1:1978", "orders")
+    queue.push({"order": 17})
+
+    with queue.consumer("mailer") as consumer:
+        for message in consumer:
+            send_mail(message.body)
+            consumer.acknowledge(message)
+
+It must not know any framework or engine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from beaker_statestore import observe
+from beaker_statestore.consumers import FEW, SLICE, Consumer, LeaseLost, Start
+from beaker_statestore.deadletters import DeadLetters
+from beaker_statestore.documents import Document
+from beaker_statestore.exceptions import ConfigurationError
+from beaker_statestore.queuelog import QueueFullError, QueueLog, WhenFull
+from beaker_statestore.queuerecords import Cursor, DeadLetter, Entry, Message, valid_name
+from beaker_statestore.settings import Settings
+from beaker_statestore.stores.base import Store
+
+__all__ = [
+    "Consumer",
+    "ConsumerReport",
+    "DeadLetter",
+    "Follower",
+    "LeaseLost",
+    "Message",
+    "Queue",
+    "QueueFullError",
+    "Report",
+]
+
+#: How many messages a queue has at most, where nobody says.
+LIMIT: Final = 100_000
+#: How many messages a follower reads at once, at most.
+PAGE: Final = 100
+#: How many dead letters may wait to be delivered again, as the cursor has their numbers.
+MAX_AGAIN: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerReport:
+    """How far a consumer is."""
+
+    name: str
+    #: The number of the first message that it has not acknowledged.
+    next: int
+    #: How many messages that are.
+    behind: int
+    #: How many dead letters it has.
+    dead: int
+    #: Whether some process has the lease, or died with it.
+    held: bool
+    #: How many messages were gone before it had seen them.
+    missed: int
+    #: How often the message ``next`` has failed, and how it did the last time.
+    tries: int
+    error: str | None
+    #: When a process of its was last heard of, in epoch seconds by that one's clock; None: never.
+    heard_of: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What there is in a queue."""
+
+    #: The lowest number that may be there, and the one that the next message gets.
+    floor: int
+    end: int
+    #: The one furthest behind first.
+    consumers: list[ConsumerReport]
+
+
+class Queue:
+    """The queue ``name`` in a store. Safe for threads, and for processes that share the store.
+
+    :param store: the store, or its URL.
+    :param name: letters A to Z and a to z, digits, and ``. _ -``; at most 64.
+    :param limit: how many messages there may be that some consumer has not acknowledged.
+    :param when_full: ``refuse``: `push` raises `QueueFullError` (a `StoreUnavailable`: try again later); ``forget``:
+        the oldest messages go, and consumers that had not seen them are told how many they have missed.
+    :param options: as for `Settings.from_options`: ``prefix``, ``store_key``, ``max_value`` ...
+    :raises ConfigurationError: one of these is wrong.
+
+    Every method raises `StoreUnavailable` when the store fails.
+    """
+
+    def __init__(
+        self, store: Store | str, name: str, *, limit: int = LIMIT, when_full: WhenFull = "refuse", **options: Any
+    ) -> None:
+        self._open(Settings.from_options({"url": store, **options}), name, limit, when_full)
+
+    @classmethod
+    def from_settings(
+        cls,
+        application: Mapping[str, Any] | str | os.PathLike[str] | Settings,
+        name: str,
+        *,
+        section: str | None = None,
+        limit: int = LIMIT,
+        when_full: WhenFull = "refuse",
+    ) -> Queue:
+        """By the ``beaker.session.*`` lines of an INI file, or of the mapping made from one, or by `Settings`.
+
+        :param section: of the file, where `read_ini` cannot tell by itself.
+        :raises ConfigurationError: the file, or a setting in it, is missing or wrong.
+        """
+        settings = application if isinstance(application, Settings) else Settings.of(application, section)
+        queue = cls.__new__(cls)
+        queue._open(settings, name, limit, when_full)
+        return queue
+
+    def _open(self, settings: Settings, name: str, limit: int, when_full: WhenFull) -> None:
+        self._log = QueueLog(settings, name, limit, when_full)
+        self.name = name
+
+    def push(self, body: Any) -> int:
+        """Put ``body``, any JSON value, behind all other messages, and answer its number.
+
+        :raises DocumentRefusedError: JSON cannot hold it, or it is too large.
+        :raises QueueFullError: there is no room; nothing was written.
+        :raises OutcomeUnknown: the store failed, and nobody knows whether the message is there. Any other
+            `StoreUnavailable` means that it is not.
+        """
+        number = self._log.append(body)
+        observe.count("fanout.pushed")
+        return number
+
+    def consumer(self, name: str, *, start: Start = "now", **options: Any) -> Consumer:
+        """The consumer ``name``, which gets every message from ``start`` on.
+
+        :param start: where it begins if there is no such consumer yet: ``now``, ``beginning`` (the oldest message that
+            is there) or a message's number.
+        :param options: ``lease`` (30 s), how long a process may be silent before another takes over; ``retries`` (8),
+            how often a message that failed is delivered again; ``backoff`` (1 s) and ``longest_backoff`` (300 s), the
+            pauses before that; ``prefetch`` (100), how many messages are read ahead at most.
+        """
+        return Consumer(self._log, name, start=start, **options)
+
+    def follow(self, start: int | Literal["now", "beginning"] = "now") -> Follower:
+        """A reader of which the store knows nothing, from ``start`` on; for pages that show what happens."""
+        return Follower(self._log, start)
+
+    def report(self) -> Report:
+        """What there is, and who is behind. It counts dead letters, so it is not for hot paths."""
+        head, end = self._log.head(), self._log.end()
+        cursors = self._log.cursors(head)
+        documents = self._log.documents.read_many([f"consumer={name}" for name in cursors])
+        consumers = []
+        for name, number in cursors.items():
+            document = documents.get(f"consumer={name}")
+            cursor = Cursor(number) if document is None else Cursor.of(document)
+            consumers.append(
+                ConsumerReport(
+                    name=name,
+                    next=number,
+                    behind=max(0, end - number),
+                    dead=len(DeadLetters(self._log, name).numbers()),
+                    held=cursor.owner is not None,
+                    missed=cursor.missed,
+                    tries=cursor.tries,
+                    error=cursor.error,
+                    heard_of=cursor.at or None,
+                )
+            )
+        return Report(head.floor, end, sorted(consumers, key=lambda consumer: (consumer.next, consumer.name)))
+
+    def trim(self, keep: int = 0, *, before: int | None = None) -> int:
+        """Remove what all consumers have acknowledged, and answer how many messages that was.
+
+        Producers do so now and then. A queue without consumers is not trimmed.
+
+        :param keep: leave so many of them, for followers and for consumers to come.
+        :param before: remove all messages below this number instead, whether somebody has read them or not.
+        """
+        if keep < 0:
+            raise ConfigurationError(f"keep is {keep}: give 0 or more messages to keep")
+        removed = self._log.trim(keep) if before is None else self._log.raise_floor(min(before, self._log.end()))
+        self._log.remove_strays()
+        return removed
+
+    def forget(self, name: str) -> bool:
+        """End the consumer ``name``, its cursor and its dead letters, so that trimming waits for it no longer.
+
+        One that still runs begins anew.
+
+        :return: whether there was one.
+        """
+        was = self._log.strike(valid_name(name, "consumer"))
+        self._log.documents.delete(f"consumer={name}")
+        letters = DeadLetters(self._log, name)
+        for number in letters.numbers():
+            letters.discard(number)
+        return was
+
+    def dead_letters(self, consumer: str) -> DeadLetters:
+        """The messages that this consumer has given up, to iterate over."""
+        return DeadLetters(self._log, valid_name(consumer, "consumer"))
+
+    def redeliver(self, consumer: str, number: int) -> bool:
+        """Deliver a dead letter once more, to this consumer only; out of order, by its nature.
+
+        It stays a dead letter until it is acknowledged.
+
+        :return: False: there is no such dead letter, or what it was made of is damaged.
+        :raises QueueFullError: too many wait for that already.
+        """
+        letter = self.dead_letters(consumer).get(number)
+        if letter is None or letter.damaged:
+            return False
+
+        def noted(document: Document | None) -> Document | None:
+            if document is None or number in document["again"]:
+                return document
+            if len(document["again"]) >= MAX_AGAIN:
+                raise QueueFullError(
+                    f"{MAX_AGAIN} dead letters wait to be delivered to {consumer} again; let it take them"
+                )
+            return {**document, "again": [*document["again"], number], "beat": document["beat"] + 1}
+
+        return self._log.documents.modify(f"consumer={consumer}", noted) is not None
+
+
+class Follower:
+    """Reads a queue without leaving a trace. Made by `Queue.follow`; for one thread."""
+
+    def __init__(self, log: QueueLog, start: int | Literal["now", "beginning"]) -> None:
+        self._log = log
+        self._ahead: deque[Entry] = deque()
+        self._count = FEW
+        #: How many messages were gone before they could be read here.
+        self.missed = 0
+        if start not in ("now", "beginning") and (not isinstance(start, int) or start < 1):
+            raise ConfigurationError(f"start is {start!r}: write 'now', 'beginning' or a number from 1 on")
+        #: The number of the next message.
+        self.position: int = log.end() if start == "now" else log.head().floor if start == "beginning" else int(start)
+
+    def receive(self, timeout: float) -> Message | None:
+        """The next message; None if there is none within ``timeout`` seconds.
+
+        :raises StoreUnavailable: the store failed. Just call it again.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            if self._ahead or self._fetch():
+                while self._ahead:
+                    entry = self._ahead.popleft()
+                    self.position = entry.number + 1
+                    if entry.document is not None:
+                        return Message.of(entry)
+                    self.missed += 1
+                continue
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            self._log.wait(self.position, min(left, SLICE))
+
+    def _fetch(self) -> bool:
+        page = self._log.read(self.position, self._count)
+        if page.floor > self.position:
+            self._pass_over(page.floor)
+            return True
+        if page.entries:
+            self._count = PAGE if len(page.entries) == self._count else FEW
+            self._ahead.extend(page.entries)
+            return True
+        if page.known is None or page.known <= self.position:
+            return False
+        behind = self._log.after_gap(self.position, page.known)
+        if behind is not None:
+            self._pass_over(behind)
+        return behind is not None
+
+    def _pass_over(self, number: int) -> None:
+        self.missed += number - self.position
+        self.position = number
