@@ -176,8 +176,10 @@ class SessionRecord:
         moves = target != self._key
         listed_until = self._enlist(target, None if moves else base, ours)
         loaded = self._stored
+        took_in = False
 
         def merged(current: bytes | None) -> bytes:
+            nonlocal took_in
             if time.monotonic() > listed_until:
                 raise StoreUnavailable("this process stood still in the middle of saving a session; nothing was saved")
             theirs = self._open(current, though_expired=base is not None)
@@ -190,6 +192,7 @@ class SessionRecord:
             if theirs is None or OPAQUE in theirs:
                 return self._encode(ours, form, target)
             merge = documents.merge(base or {}, ours, _mergeable(theirs))
+            took_in = current != loaded
             if merge.conflicts:
                 observe.count("session.conflict", len(merge.conflicts))
                 if self._settings.conflict == "raise":
@@ -202,6 +205,8 @@ class SessionRecord:
             return self._encode(merge.document, form, target)
 
         self._write(target, merged)
+        if took_in and self._stored is not None:
+            observe.count("session.merged")
         self._remember(ours)
 
     def _is_another(self, base: Document, theirs: Document) -> bool:
@@ -238,6 +243,7 @@ class SessionRecord:
         try:
             if self._store.compare_and_swap(self._key, stored, touched, merge.document.get(EXPIRES)):
                 self._stored = touched
+                observe.count("session.touched")
             else:
                 observe.count("session.touch_dropped")
         except OutcomeUnknown:
@@ -294,6 +300,7 @@ class SessionRecord:
                 self._stored = self._store.modify(target, function, known=known, expires_at=documents.expires_at)
             else:
                 self._stored = self._move(target, function)
+            observe.count("session.saved")
         except _Ended:
             observe.count("session.dropped")
             self._stored = None

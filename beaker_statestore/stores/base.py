@@ -28,6 +28,8 @@ T = TypeVar("T")
 CONTENTION_DEADLINE: Final = 5.0
 #: `Store.modify` tries at once this often before it begins to wait a little between tries.
 EAGER_TRIES: Final = 3
+#: It waits so for the first so many seconds; from then on it tries at once again.
+COURTESY: Final = 1.0
 #: The longest such wait, in seconds.
 LONGEST_BACKOFF: Final = 0.05
 #: The first and the longest pause between two looks of `Store.wait`, in seconds.
@@ -168,7 +170,8 @@ class Store(Verbs):
             same for different callers, as a counter's, can then be done once too few or too often; let it add
             something of the caller's own.)
         """
-        deadline = time.monotonic() + CONTENTION_DEADLINE
+        begun = time.monotonic()
+        deadline = begun + CONTENTION_DEADLINE
         verified = isinstance(known, Unread)
         current = self.get(key) if isinstance(known, Unread) else known
         # What swaps of unknown outcome may have written, or may yet: a stalled server can execute one late.
@@ -201,7 +204,8 @@ class Store(Verbs):
             if time.monotonic() >= deadline:
                 # The message has no key: whoever knows a session's key owns the session.
                 raise doubt or ContentionError(f"others changed the record while we tried to, {tries} times")
-            if tries > EAGER_TRIES:
+            # Whoever has tried for long tries hardest, or those who only begin would always be quicker.
+            if tries > EAGER_TRIES and time.monotonic() < begun + COURTESY:
                 # Jitter keeps rivals out of step; it needs no cryptographic quality.
                 time.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.001 * 2**tries)))  # noqa: S311
 
@@ -288,6 +292,14 @@ class LocalVerbs(Verbs):
         return page, None
 
 
+def _nothing(_: object) -> tuple[int, int]:
+    return 0, 0
+
+
+def _one(value: bytes | None) -> tuple[int, int]:
+    return (0, 1) if value is None else (1, 0)
+
+
 class LocalStore(LocalVerbs, Store):
     """An engine in this process: what a server may have behind it.
 
@@ -323,41 +335,61 @@ class LocalStore(LocalVerbs, Store):
         """
         raise ConfigurationError(f"{type(self).__name__} keeps no file that could be copied")
 
-    def _alone(self, operation: Callable[[LocalVerbs], T]) -> T:
-        return self.apply([operation])[0]
+    def _alone(
+        self, kind: str, operation: Callable[[LocalVerbs], T], found: Callable[[T], tuple[int, int]] = _nothing
+    ) -> T:
+        """The result of a transaction of this one operation, of which who listens is told.
+
+        :param kind: what statistics call it.
+        :param found: how many records the result says were there, and how many were not.
+        """
+        listener = observe.listener
+        began = listener.clock()
+        if not began:
+            return self.apply([operation])[0]
+        server = self.path or type(self).__name__
+        try:
+            result = self.apply([operation])[0]
+        except Exception:
+            listener.operation(server, kind, began, failed=True)
+            raise
+        listener.operation(server, kind, began, *found(result))
+        return result
 
     def get(self, key: bytes) -> bytes | None:
-        return self._alone(lambda verbs: verbs.get(key))
+        return self._alone("get", lambda verbs: verbs.get(key), _one)
 
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         wanted = list(keys)
-        return self._alone(lambda verbs: verbs.get_many(wanted))
+        return self._alone(
+            "get_many", lambda verbs: verbs.get_many(wanted), lambda found: (len(found), len(wanted) - len(found))
+        )
 
     def put(self, key: bytes, value: bytes, expires_at: float | None = None) -> None:
-        self._alone(lambda verbs: verbs.put(key, value, expires_at))
+        self._alone("put", lambda verbs: verbs.put(key, value, expires_at))
 
     def put_many(self, items: Mapping[bytes, bytes]) -> None:
-        self._alone(lambda verbs: verbs.put_many(items))
+        self._alone("put_many", lambda verbs: verbs.put_many(items))
 
     def add(self, key: bytes, value: bytes, expires_at: float | None = None) -> bool:
-        return self._alone(lambda verbs: verbs.add(key, value, expires_at))
+        return self._alone("add", lambda verbs: verbs.add(key, value, expires_at))
 
     def delete(self, key: bytes) -> bool:
-        return self._alone(lambda verbs: verbs.delete(key))
+        return self._alone("delete", lambda verbs: verbs.delete(key))
 
     def delete_many(self, keys: Iterable[bytes]) -> None:
         unwanted = list(keys)
-        self._alone(lambda verbs: verbs.delete_many(unwanted))
+        self._alone("delete_many", lambda verbs: verbs.delete_many(unwanted))
 
     def compare_and_swap(
         self, key: bytes, expected: bytes | None, new: bytes | None, expires_at: float | None = None
     ) -> bool:
-        return self._alone(lambda verbs: verbs.compare_and_swap(key, expected, new, expires_at))
+        return self._alone("compare_and_swap", lambda verbs: verbs.compare_and_swap(key, expected, new, expires_at))
 
     def scan(
         self, prefix: bytes = b"", cursor: bytes | None = None, limit: int = PAGE
     ) -> tuple[list[bytes], bytes | None]:
-        return self._alone(lambda verbs: verbs.scan(prefix, cursor, limit))
+        return self._alone("scan", lambda verbs: verbs.scan(prefix, cursor, limit))
 
     def ordered_keys(self, start: bytes = b"", *, after: bool = False) -> Iterator[bytes]:
         """As promised in `LocalVerbs`, and good for as long as one likes: each page is a transaction of its own."""
@@ -366,10 +398,10 @@ class LocalStore(LocalVerbs, Store):
             start, after = page[-1], True
 
     def _page(self, start: bytes, after: bool) -> list[bytes]:
-        return self._alone(lambda verbs: list(islice(verbs.ordered_keys(start, after=after), PAGE)))
+        return self._alone("scan", lambda verbs: list(islice(verbs.ordered_keys(start, after=after), PAGE)))
 
     def count(self) -> int:
-        return self._alone(lambda verbs: verbs.count())
+        return self._alone("count", lambda verbs: verbs.count())
 
     def clear(self) -> None:
-        self._alone(lambda verbs: verbs.clear())
+        self._alone("clear", lambda verbs: verbs.clear())

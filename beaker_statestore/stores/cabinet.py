@@ -622,7 +622,7 @@ class CabinetStore(LocalStore):
         return {name: partial(self._native, name) for name in _native_of(self.kind)}
 
     def _native(self, name: str, *arguments: Any) -> Any:
-        return self._alone(lambda verbs: verbs.native[name](*arguments))
+        return self._alone(name, lambda verbs: verbs.native[name](*arguments))
 
     def _acquire(self) -> None:
         if not self._lock.acquire(timeout=PATIENCE):

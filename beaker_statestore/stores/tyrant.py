@@ -12,7 +12,9 @@ nothing of sockets. There are three kinds of server, told apart by a probe on ev
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -32,6 +34,7 @@ from beaker_statestore.tyrant.client import (
     Client,
     MissingFunctionError,
     Pool,
+    RefusedError,
     check_status,
     describe,
 )
@@ -51,9 +54,11 @@ from beaker_statestore.tyrant.commands import (
     SCAN,
     SIZE,
     STAT,
+    STATISTICS,
     SUCCESS,
     SYNC,
     TOO_MUCH,
+    WAIT,
     Reply,
     Request,
 )
@@ -73,6 +78,16 @@ BATCH: Final = 50
 
 #: A page of a scan has no more keys than this, whatever was asked for; our server gives no more either.
 LONGEST_PAGE: Final = 10_000
+
+#: One request to wait is for so many seconds at most, so that a server that hangs is found out.
+LONGEST_POLL: Final = 20.0
+#: How many connections may wait at a time, as the server has a limit of its own; and how many are kept for the next.
+_WAITING: Final = 10_000
+_KEPT_FOR_WAITING: Final = 8
+#: How long a store looks again and again by itself, in seconds, before it asks anew a server that had no room for one
+#: more who waits, and one that cannot let anybody wait.
+_UNTIL_ROOM: Final = 5.0
+_UNTIL_UPGRADE: Final = 60.0
 
 #: Types of database, as ``stat`` names them, that change the values they are given, and do not say so.
 _UNFIT: Final = frozenset({"fixed-length", "table"})
@@ -96,6 +111,18 @@ class TyrantStore(Store):
         """
         self._client = client
         self._atomic = atomic
+        pool = client.pool
+        # Of their own, so that however many threads wait, the others find a connection.
+        waiting = Pool(
+            pool.address,
+            tls=pool.tls,
+            size=_WAITING,
+            connect_timeout=pool.connect_timeout,
+            keep=_KEPT_FOR_WAITING,
+        )
+        self._waiting = Client(waiting, timeout=client.timeout)
+        #: Until when the server is not asked to let anybody wait, on the monotonic clock.
+        self._polls_until = -math.inf
         #: The processes that have been warned.
         self._warned: dict[int, object] = {}
 
@@ -213,6 +240,45 @@ class TyrantStore(Store):
             return self._page(prefix, cursor, limit)
         return paging.unpack_page(reply.value)
 
+    def wait(self, key: bytes, seconds: float) -> bool:
+        """As promised in `Store`: told at once, where the server can do so and has room for one more who waits."""
+        deadline = time.monotonic() + seconds
+        while True:
+            now = time.monotonic()
+            left = max(0.0, deadline - now)
+            polls = self._polls_until - now
+            if super().wait(key, min(left, polls)) if polls > 0 else self._poll(key, min(left, LONGEST_POLL)):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+
+    def _poll(self, key: bytes, seconds: float) -> bool:
+        """Whether there is a record by then; perhaps sooner, if not."""
+        end = time.monotonic() + seconds
+
+        def choose(server: frozenset[bytes]) -> list[Request]:
+            left = max(0.0, end - time.monotonic())
+            return [EXT(WAIT, key, b"%d" % math.ceil(left * 1000), 0)] if WAIT in server else []
+
+        try:
+            answers = self._waiting.call_suitable(choose, extra=seconds)
+        except RefusedError as error:
+            self._polls_until = time.monotonic() + (_UNTIL_ROOM if error.status == TOO_MUCH else _UNTIL_UPGRADE)
+            return False
+        for request, reply in answers:
+            self._check_done(request, reply)
+            return self._verdict(request, reply)
+        self._polls_until = time.monotonic() + _UNTIL_UPGRADE
+        return False
+
+    def statistics(self) -> bytes:
+        """The server's own statistics, as JSON: namespaces by name, each of scalars and collections of records.
+
+        :raises MissingFunctionError: it has none.
+        """
+        report: bytes = self._done(EXT(STATISTICS, b"", b"", 0), requires=STATISTICS).value
+        return report
+
     def count(self) -> int:
         return int(self._done(RNUM()).value)
 
@@ -244,6 +310,7 @@ class TyrantStore(Store):
     def close(self) -> None:
         self.closed = True
         self._client.close()
+        self._waiting.close()
 
     def _done(self, request: Request, requires: bytes | None = None) -> Reply:
         """The reply to a request that only fails when something is wrong with the server."""
