@@ -6,11 +6,13 @@ from typing import Any
 
 import click
 
-from beaker_statestore import __version__, records, who
+from beaker_statestore import __version__, mails, records, who
 from beaker_statestore.exceptions import StateStoreError
+from beaker_statestore.fanoutcommands import fanout
 from beaker_statestore.move import copy
 from beaker_statestore.reseal import reseal
 from beaker_statestore.serve import serve
+from beaker_statestore.stats import stats
 from beaker_statestore.sweep import sweep
 
 __all__ = ["main"]
@@ -34,6 +36,7 @@ def main() -> None:
 
 for command in (
     serve,
+    stats,
     records.ping,
     records.keys,
     records.get,
@@ -42,8 +45,10 @@ for command in (
     records.states,
     who.who,
     who.revoke,
+    mails.queue,
     sweep,
     reseal,
     copy,
+    fanout,
 ):
     main.add_command(command)

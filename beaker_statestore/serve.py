@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import click
 
-from beaker_statestore import __version__, extensions
+from beaker_statestore import __version__, extensions, statistics
 from beaker_statestore.console import Seconds, store_url
 from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.service import INHERITED, SWEEP_LARGEST, Service, events, log_to
@@ -189,6 +189,14 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
     help="How many elements one request may list (mget, misc).",
 )
 @click.option(
+    "--max-waiters",
+    type=click.IntRange(min=0),
+    default=_LIMITS.waiters,
+    show_default=True,
+    metavar="N",
+    help="How many clients may wait for a record (consumers of a queue do); others look again and again. 0: none.",
+)
+@click.option(
     "--patience",
     type=Seconds(min_open=True),
     default=_LIMITS.patience,
@@ -248,6 +256,7 @@ def serve(
     max_memory: int,
     max_keys: int,
     max_list: int,
+    max_waiters: int,
     patience: float,
     idle: float,
     interval: float,
@@ -268,6 +277,7 @@ def serve(
         idle=idle,
         keys=max_keys,
         items=max_list,
+        waiters=max_waiters,
     )
     options = ServerOptions(
         allow_remote=allow_remote,
@@ -278,6 +288,7 @@ def serve(
         http=HTTPPolicy(http_hosts) if with_http else None,
         functions=_functions(modules),
         backups=None if backups is None else Backups(backups),
+        report=lambda figures: service.report(figures),
     )
     _log_to(log, logging.INFO if verbose else logging.WARNING)
     # A damaged file can end the process within LMDB or Tokyo Cabinet: then at least say where.
@@ -305,6 +316,7 @@ def serve(
         _warn_of_weakness(tls_cert, tls_key)
         return ["the certificate"]
 
+    statistics.install()
     with store:
         is_new = store.path is not None and not os.path.exists(store.path)
         store.ping()

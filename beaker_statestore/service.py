@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 import logging.handlers
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+from beaker_statestore import statistics
 from beaker_statestore.complaints import Complaints
 from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.stores.base import LocalStore
@@ -24,7 +26,7 @@ from beaker_statestore.tyrant import backups
 from beaker_statestore.tyrant.listening import inherited
 from beaker_statestore.tyrant.server import Server
 
-__all__ = ["INHERITED", "SWEEP_LARGEST", "Service", "events", "log_to"]
+__all__ = ["INHERITED", "SERVER", "SWEEP_LARGEST", "Service", "Sweeps", "events", "log_to"]
 
 logger = logging.getLogger(__name__)
 #: For the few things in the life of a server that whoever reads its log later asks for.
@@ -32,6 +34,18 @@ events = logging.getLogger(f"{__name__}.events")
 
 #: Among the addresses, stands for the sockets that systemd has opened.
 INHERITED: Final = "systemd"
+
+#: The namespace of a server's own statistics, and what is in it of what `observe` is told.
+SERVER: Final = "statestore server"
+_EVENTS: Final = {
+    "Connections Refused": "server.connections_refused",
+    "Connections Aborted": "server.connections_aborted",
+    "Requests Forbidden": "server.requests_forbidden",
+    "Requests Malformed": "server.requests_malformed",
+    "Batches Repeated": "server.batches_repeated",
+    "Store Failures": "server.store_failed",
+    "TLS Failures": "server.tls_failed",
+}
 
 #: The part of the time that sweeping may take while it is under way, and how long clients may have to wait for one
 #: step of it, in seconds. A commit alone may take a third of a millisecond, and steps that do little else would last
@@ -42,6 +56,18 @@ _SWEEP_STEP_ON_DISK: Final = 0.02
 #: Values above this many bytes are not looked into, as reading one would hold up all clients. A document of ours has a
 #: megabyte at most, and a third more encrypted, unless the application's ``max_value`` says otherwise.
 SWEEP_LARGEST: Final = 4 * 1024 * 1024
+
+
+@dataclass
+class Sweeps:
+    """What the sweeps of a service have come to."""
+
+    ended: int = 0
+    #: Records that were looked at and removed, in all.
+    seen: int = 0
+    removed: int = 0
+    #: When the last one ended, in epoch seconds, and how many seconds it took; nothing before the first.
+    latest: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,7 @@ class Service:
     sync_interval: float | None
     #: Called upon SIGHUP, for what is to be read anew; answers what was.
     renew: Callable[[], list[str]] = list
+    sweeps: Sweeps = field(default_factory=Sweeps)
 
     def run(self, addresses: Sequence[str], started: Callable[[], None]) -> None:
         """Serve at ``addresses`` until SIGTERM or SIGINT, on the quickest event loop that is installed.
@@ -95,6 +122,28 @@ class Service:
                 logger.warning("%s had ended: %r", task.get_name(), ended)
         await self.server.stop()
 
+    def report(self, figures: Mapping[str, Any]) -> bytes:
+        """The reply to ``ext statistics``: all that there is in ``logging.statistics``, and the server's own, as JSON.
+
+        :param figures: what the server knows of itself.
+        """
+        others = statistics.extrapolate_statistics(vars(logging).get("statistics", {}))
+        ours = others.get(statistics.NAMESPACE, {})
+        events = statistics.own.events()
+        for name, event in statistics.EVENTS.items():
+            # A server knows nothing of sessions, and no news of it is none.
+            if not events[name]:
+                ours.pop(event.name, None)
+        own = {
+            **figures,
+            **{name: events[event] for name, event in _EVENTS.items()},
+            "Sweeps": self.sweeps.ended,
+            "Records Swept": self.sweeps.seen,
+            "Expired Records Removed": self.sweeps.removed,
+            **self.sweeps.latest,
+        }
+        return json.dumps(statistics.jsonable({SERVER: own, **others})).encode()
+
     def _end(self, number: signal.Signals, stopped: asyncio.Event) -> None:
         events.info("%s: it takes in nothing more, and ends once all that has come is answered", number.name)
         stopped.set()
@@ -123,11 +172,19 @@ class Service:
     async def _sweep_for_ever(self) -> None:
         while True:
             sweeper = Sweeper(self.store, prefix=None, largest=SWEEP_LARGEST)
+            began = time.monotonic()
             try:
                 await self._sweep(sweeper, _SWEEP_STEP_ON_DISK if self.store.blocking else _SWEEP_STEP)
             except Exception as error:  # noqa: BLE001 - whatever it was, clients are served, and the next one may do it
                 logger.warning("a sweep broke off: %r", error)
-            found = sweeper.sweep
+            found, sweeps = sweeper.sweep, self.sweeps
+            sweeps.ended += 1
+            sweeps.seen += found.seen
+            sweeps.removed += found.removed
+            sweeps.latest = {
+                "Last Sweep": time.time(),
+                "Last Sweep Took (Seconds)": round(time.monotonic() - began, 3),
+            }
             if found.removed or found.unreadable:
                 logger.info(
                     "a sweep has removed %d of %d records; %d were too large or no documents of ours",

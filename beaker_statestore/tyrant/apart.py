@@ -1,17 +1,19 @@
 """Requests that take long, carried out apart from the batches of the others, a step at a time.
 
-``copy`` may read the whole file, and ``fwmkeys``, ``misc regex`` and ``misc range`` look at any number of keys. Each of
-these is a `Job`. What a scan finds is what was there when it came by, as others go on writing between its steps.
+``copy`` may read the whole file, ``fwmkeys``, ``misc regex`` and ``misc range`` look at any number of keys, what
+``ext wait`` wants is yet to come, and of ``ext statistics`` the store knows the least. Each of these is a `Job`. What a
+scan finds is what was there when it came by, as others go on writing between its steps.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice, takewhile
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from beaker_statestore.complaints import Complaints
 from beaker_statestore.exceptions import ConfigurationError, StateStoreError
@@ -21,7 +23,7 @@ from beaker_statestore.tyrant.backups import Backups
 from beaker_statestore.tyrant.commands import FAILURE, SUCCESS, TOO_MUCH, Reply, Request
 from beaker_statestore.tyrant.texts import function_name, number
 
-__all__ = ["Backup", "Job", "Scan", "scan_for"]
+__all__ = ["ABSENT", "PRESENT", "Backup", "Job", "Scan", "Statistics", "Wait", "scan_for", "wait_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,13 @@ STEP_SECONDS: Final = 0.005
 #: worst, each costs 0.15 microseconds, for which all others wait.
 LONGEST_EXPRESSION: Final = 1000
 LONGEST_MATCH: Final = 256 * 1024
+#: No wait is longer, in seconds, whatever was asked for: so whoever has gone without a word is forgotten.
+LONGEST_WAIT: Final = 60.0
+_MILLISECONDS: Final = re.compile(rb"[0-9]{1,15}")
+
+#: What ``wait`` answers.
+PRESENT: Final = Reply(SUCCESS, b"1")
+ABSENT: Final = Reply(SUCCESS, b"0")
 
 
 class Job(ABC):
@@ -76,6 +85,53 @@ class Backup(Job):
             self.reply = Reply(FAILURE)
         else:
             self.reply = Reply(SUCCESS)
+        return True
+
+
+class Wait(Job):
+    """``ext wait``: a record, once it is there. The step only looks; who has others wait for it is `waiting`."""
+
+    def __init__(self, key: bytes, seconds: float, store: LocalStore) -> None:
+        self.key = key
+        self.seconds = seconds
+        self._store = store
+
+    def step(self) -> bool:
+        """Look whether it is there now."""
+        (present,) = self._store.apply([lambda records: records.get(self.key) is not None])
+        self.reply = PRESENT if present else ABSENT
+        return True
+
+
+def wait_for(request: Request, store: LocalStore) -> Wait | None:
+    """What ``request``, an ``ext wait``, waits for and how long, if that is a number of milliseconds."""
+    _, key, value, _ = request.arguments
+    if not _MILLISECONDS.fullmatch(value):
+        return None
+    return Wait(key, min(int(value) / 1000, LONGEST_WAIT), store)
+
+
+class Statistics(Job):
+    """``ext statistics``."""
+
+    def __init__(
+        self, figures: Mapping[str, Any], store: LocalStore, report: Callable[[Mapping[str, Any]], bytes], longest: int
+    ) -> None:
+        """
+        :param figures: what is known without the store.
+        :param report: makes the reply of them and the store's.
+        :param longest: so many bytes it may have.
+        """
+        self._figures = figures
+        self._store = store
+        self._report = report
+        self._longest = longest
+
+    def step(self) -> bool:
+        """Make the whole report."""
+        store = {"Records": self._store.count(), "Size of Store (Bytes)": self._store.size()}
+        report = self._report({**self._figures, **store})
+        self.reply = Reply(SUCCESS, report) if len(report) <= self._longest else Reply(TOO_MUCH)
         return True
 
 

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from beaker_statestore import observe
@@ -35,19 +35,29 @@ from beaker_statestore.tyrant.commands import (
     COMMANDS,
     DECR,
     EXT,
+    FAILURE,
     FORBIDDEN,
+    GET,
     INCR,
+    MGET,
     MISC,
+    OUT,
     PREPEND,
     PROBE,
+    PUTKEEP,
     REPLACE,
     RESTORE,
+    RNUM,
     SCAN,
     SETMST,
+    STATISTICS,
     STORE_FAILED,
     SUCCESS,
     TOO_MUCH,
+    VSIZ,
+    WAIT,
     Body,
+    Command,
     Reply,
     Request,
     is_repeatable,
@@ -83,7 +93,24 @@ RETRY_PAUSE: Final = (0.02, 0.1)
 _LARGE: Final = 2**20
 _LONG: Final = 20_000
 #: ``ext`` functions that are the server's own.
-_BUILT_IN: Final = frozenset({PROBE, CAS, SCAN, REPLACE, APPEND, PREPEND, INCR, DECR})
+_BUILT_IN: Final = frozenset({PROBE, CAS, SCAN, WAIT, STATISTICS, REPLACE, APPEND, PREPEND, INCR, DECR})
+#: What statistics call getting a connection; its failures are those of calls for which there was none.
+_CONNECT: Final = "connect"
+#: What they call commands, and functions by their names: those that carry out a verb of `Store` as the verb. All other
+#: functions keep their names.
+_KINDS: Final[Mapping[Command | bytes, str]] = {
+    **{command: command.name for command in COMMANDS.values()},
+    PUTKEEP: "add",
+    OUT: "delete",
+    MGET: "get_many",
+    RNUM: "count",
+    CAS: "compare_and_swap",
+    b"putlist": "put_many",
+    b"outlist": "delete_many",
+    original.PUT: "put",
+    original.ADD: "add",
+    original.DELETE: "delete",
+}
 #: What a mask can name and open, and what it calls the functions of --ext.
 _MASKABLE: Final = frozenset({*(command.name for command in COMMANDS.values()), "functions"})
 
@@ -193,6 +220,8 @@ class Connection:
         self.closed = False
         #: When it was last given back to a pool.
         self.idle_since = time.monotonic()
+        #: How many bytes the last `call` has sent, and received.
+        self.sent = self.received = 0
         self._transport = sock if isinstance(sock, Transport) else Transport(sock)
         self._decoder = ReplyDecoder()
         self._capabilities: frozenset[bytes] | None = None
@@ -203,9 +232,12 @@ class Connection:
 
         :param tls: what to speak TLS with, which is then done by ``deadline``, too; None: everything is in the clear.
         """
+        began = observe.listener.clock()
         sock = connect(address, deadline)
         connection = cls(sock if tls is None else _encrypt(sock, address, deadline, tls), address)
         observe.count("tyrant.connections")
+        if began:
+            observe.listener.operation(str(address), _CONNECT, began)
         return connection
 
     def is_alive(self) -> bool:
@@ -245,6 +277,7 @@ class Connection:
         :raises StoreUnavailable: it failed later, and sending all of them again does no harm.
         """
         unsent = data = memoryview(b"".join([encode_request(request) for request in requests]))
+        self.sent, self.received = len(data), 0
         if time.monotonic() >= deadline:
             raise self._failure(TimeoutError(), requests, len(data), begun=False)
         replies: list[Reply] = []
@@ -278,6 +311,7 @@ class Connection:
             return []
         if not data:
             raise ConnectionError("the connection was closed")
+        self.received += len(data)
         self._decoder.feed(data)
         replies = []
         while (message := self._decoder.next()) is not None:
@@ -374,8 +408,12 @@ def describe(request: Request) -> str:
     """What to call ``request`` in a message, which shows no key and no value."""
     command, arguments = request
     if command in (EXT, MISC):
-        return f"{command.name} {arguments[0].decode(errors='backslashreplace')}"
+        return f"{command.name} {_name(arguments[0])}"
     return command.name
+
+
+def _name(function: bytes) -> str:
+    return function.decode(errors="backslashreplace")
 
 
 # -- many connections
@@ -397,12 +435,14 @@ class Pool:
         size: int = DEFAULT_POOL_SIZE,
         connect_timeout: float = DEFAULT_CONNECT_TIMEOUT,
         max_idle: float = MAX_IDLE,
+        keep: int | None = None,
         opened: Iterable[Connection] = (),
     ) -> None:
         """
         :param tls: what to speak TLS with; None: everything is in the clear.
         :param connect_timeout: how long opening a connection may take, in seconds.
         :param max_idle: for how many seconds an idle connection can be used again.
+        :param keep: so many idle ones at most, and close the others; ``None``: all of them.
         :param opened: connections to ``address`` to begin with, at most ``size``.
         :raises ConfigurationError: a number makes no sense.
         """
@@ -410,18 +450,23 @@ class Pool:
             raise ConfigurationError(f"pool_size is {size}: a pool needs at least 1 connection")
         _check_seconds("connect_timeout", connect_timeout)
         self.address = address
+        #: What statistics call the server.
+        self.name = str(address)
         self.tls = tls
         self.size = size
         self.connect_timeout = connect_timeout
         self.max_idle = max_idle
+        self._keep = size if keep is None else keep
         self._closed = False
         # Whoever holds a connection, or opens one, holds a place. One is opened only by a holder of a place who saw
         # no idle one, so that there never are more than places. Appending to a list and popping from it are atomic.
         self._places = threading.BoundedSemaphore(size)
         self._idle: list[Connection] = list(opened)
         self._lent: set[Connection] = set()
+        self._waiting: set[int] = set()
         weakref.finalize(self, _close_all, self._idle, self._lent)
         _pools.add(self)
+        observe.watch(self)
 
     def acquire(self, deadline: float) -> Connection:
         """Lend a connection that is alive, for `release` to take back.
@@ -430,7 +475,7 @@ class Pool:
         :raises StoreUnavailable: none came free in time, or no new one could be opened.
         :raises StateStoreError: the pool has been closed.
         """
-        if not self._places.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        if not self._places.acquire(blocking=False) and not self._wait(deadline):
             raise StoreUnavailable(
                 f"all {self.size} connections to the Tyrant server at {self.address} stayed in use: "
                 "see why calls take so long, or raise pool_size"
@@ -447,12 +492,35 @@ class Pool:
         self._lent.add(connection)
         return connection
 
+    def _wait(self, deadline: float) -> bool:
+        """Whether a place came free in time."""
+        thread = threading.get_ident()
+        self._waiting.add(thread)
+        try:
+            return self._places.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        finally:
+            self._waiting.discard(thread)
+
+    def gauges(self) -> dict[str, int]:
+        """How many connections there are and may be, and how many threads wait for one."""
+        idle = len(self._idle)
+        return {
+            "open": idle + len(self._lent),
+            "idle": idle,
+            # One that keeps fewer than it may open is for those who wait, and has no size to speak of.
+            "size": 0 if self._closed or self._keep < self.size else self.size,
+            "waiting": len(self._waiting),
+        }
+
     def release(self, connection: Connection) -> None:
         """Take back ``connection``."""
         self._lent.discard(connection)
         if not connection.closed:
             connection.idle_since = time.monotonic()
-            self._idle.append(connection)
+            if len(self._idle) < self._keep:
+                self._idle.append(connection)
+            else:
+                connection.close()
         if self._closed:
             self.drop_idle()
         self._places.release()
@@ -482,6 +550,7 @@ class Pool:
         # tells the server nothing while the parent has its own. Other threads of the parent may have held places and
         # the semaphore's lock; they do not exist here and will not give them back.
         _close_all(self._idle, self._lent)
+        self._waiting.clear()
         self._places = threading.BoundedSemaphore(self.size)
 
 
@@ -535,12 +604,14 @@ class Client:
         check_status(self.pool.address, request, reply.status)
         return reply
 
-    def call_suitable(self, choose: Choice) -> list[tuple[Request, Reply]]:
+    def call_suitable(self, choose: Choice, *, extra: float = 0.0) -> list[tuple[Request, Reply]]:
         """The requests that ``choose`` makes for this server, each with its reply, of status `SUCCESS` or `FAILURE`.
 
         They are sent together; errors as for `call`, and whatever ``choose`` raises.
+
+        :param extra: so many seconds more than any other call it may take, as the server may wait so long.
         """
-        answers = list(zip(*self._exchange(choose), strict=True))
+        answers = list(zip(*self._exchange(choose, extra), strict=True))
         for request, reply in answers:
             check_status(self.pool.address, request, reply.status)
         return answers
@@ -560,28 +631,72 @@ class Client:
 
         return self._exchange(choose)[1]
 
-    def _exchange(self, requests: Sequence[Request] | Choice) -> tuple[Sequence[Request], list[Reply]]:
+    def _exchange(
+        self, requests: Sequence[Request] | Choice, extra: float = 0.0
+    ) -> tuple[Sequence[Request], list[Reply]]:
         """What was sent, in the end, and the replies to it."""
-        deadline = time.monotonic() + self.timeout
+        began = observe.listener.clock()
+        deadline = time.monotonic() + self.timeout + extra
+        sent: Sequence[Request] = ()
+        replies: list[Reply] | None = None
+        bytes_sent = bytes_received = 0
         retried = False
-        while True:
-            connection = self.pool.acquire(deadline)
-            try:
-                sent = requests(connection.capabilities(deadline)) if callable(requests) else requests
-                return sent, connection.call(sent, deadline)
-            except OutcomeUnknown:
-                raise
-            except StoreUnavailable as error:
-                pause = 0.0 if isinstance(error, NotSentError) else random.uniform(*RETRY_PAUSE)  # noqa: S311 - no secret
-                if retried or time.monotonic() + pause >= deadline:
+        try:
+            while True:
+                connection = self.pool.acquire(deadline)
+                try:
+                    sent = requests(connection.capabilities(deadline)) if callable(requests) else requests
+                    replies = connection.call(sent, deadline)
+                    bytes_sent, bytes_received = connection.sent, connection.received
+                    return sent, replies
+                except OutcomeUnknown:
                     raise
-            finally:
-                self.pool.release(connection)
-            retried = True
-            observe.count("tyrant.retries")
-            # What broke one connection has most likely broken all.
-            self.pool.drop_idle()
-            time.sleep(pause)
+                except StoreUnavailable as error:
+                    pause = 0.0 if isinstance(error, NotSentError) else random.uniform(*RETRY_PAUSE)  # noqa: S311 - no secret
+                    if retried or time.monotonic() + pause >= deadline:
+                        raise
+                except MissingFunctionError:
+                    began = 0  # nothing was to be sent to such a server
+                    raise
+                finally:
+                    self.pool.release(connection)
+                retried = True
+                observe.count("tyrant.retries")
+                # What broke one connection has most likely broken all.
+                self.pool.drop_idle()
+                time.sleep(pause)
+        finally:
+            if began:
+                self._report(began, sent, replies, bytes_sent, bytes_received, retried)
+
+    def _report(
+        self,
+        began: int,
+        sent: Sequence[Request],
+        replies: Sequence[Reply] | None,
+        bytes_sent: int,
+        bytes_received: int,
+        retried: bool,
+    ) -> None:
+        """Tell who listens what has just been done, or has failed if there are no replies."""
+        kind, hits, misses = "pipeline", 0, 0
+        failed = replies is None
+        if failed and not sent:
+            kind = _CONNECT
+        elif len(sent) == 1:
+            command, arguments = sent[0]
+            kind = _KINDS.get(arguments[0] if command is EXT or command is MISC else command) or _name(arguments[0])
+            if replies:
+                status, value = replies[0]
+                failed = status > FAILURE
+                if command is MGET and status == SUCCESS:
+                    hits = len(value)
+                    misses = len(arguments[0]) - hits
+                elif (command is GET or command is VSIZ) and not failed:
+                    hits, misses = (1, 0) if status == SUCCESS else (0, 1)
+        observe.listener.operation(
+            self.pool.name, kind, began, hits, misses, bytes_sent, bytes_received, int(retried), failed
+        )
 
     def close(self) -> None:
         """Close the pool."""

@@ -202,10 +202,12 @@ COMMANDS: Final[dict[int, Command]] = {
 #: ``misc`` functions that may be sent again, as `Command.repeatable`; ``search`` may delete, so it is not here.
 REPEATABLE_MISC: Final = frozenset({b"get", b"getlist", b"getpart", b"regex", b"range", b"error"})
 #: Our own ``ext`` functions. `PROBE` has no effect and answers what the server can do; see `tyrant.swap` for it and
-#: `CAS`, `tyrant.paging` for `SCAN`.
+#: `CAS`, `tyrant.paging` for `SCAN`, `tyrant.waiting` for `WAIT`. `STATISTICS` answers the server's own, as JSON.
 PROBE: Final = b"statestore"
 CAS: Final = b"cas"
 SCAN: Final = b"scan"
+WAIT: Final = b"wait"
+STATISTICS: Final = b"statistics"
 #: memcached's commands for which the binary protocol has none, as ``ext`` functions: they change a record only if it is
 #: there. The last two take it for a decimal number, which does not get below 0, and answer the new one; the others
 #: answer nothing, as who may write need not be one who may read.
@@ -214,6 +216,7 @@ APPEND: Final = b"append"
 PREPEND: Final = b"prepend"
 INCR: Final = b"incr"
 DECR: Final = b"decr"
+_REPEATABLE_EXT: Final = frozenset({PROBE, SCAN, WAIT, STATISTICS})
 #: ``misc`` option: keep the call out of the update log. The original logs every call without it, even reads.
 NO_UPDATE_LOG: Final = 1
 
@@ -223,5 +226,5 @@ def is_repeatable(request: Request) -> bool:
     if request.command is MISC:
         return bool(request.arguments[0] in REPEATABLE_MISC)
     if request.command is EXT:
-        return bool(request.arguments[0] in (PROBE, SCAN))
+        return bool(request.arguments[0] in _REPEATABLE_EXT)
     return request.command.repeatable

@@ -28,6 +28,8 @@ from beaker_statestore.tyrant.commands import (
     PROBE,
     REPLACE,
     SCAN,
+    STATISTICS,
+    WAIT,
     Request,
 )
 from beaker_statestore.tyrant.texts import function_name
@@ -101,6 +103,8 @@ _EXT: Final[Mapping[bytes, frozenset[str]]] = {
     PROBE: frozenset(),
     CAS: frozenset({"put", "out"}),
     SCAN: frozenset({"fwmkeys"}),
+    WAIT: frozenset({"vsiz"}),
+    STATISTICS: frozenset({"stat", "rnum", "size"}),
     REPLACE: frozenset({"put"}),
     APPEND: frozenset({"putcat"}),
     PREPEND: frozenset({"put"}),

@@ -7,7 +7,8 @@ Whatever clients do costs bounded time and memory. A connection is not read whil
 on while its replies are not read; it is closed when it leaves a request unfinished, or a reply unread, for too long,
 or when it holds the most memory and all together hold too much. Behind a malformed request nothing is executed. When
 the store cannot tell whether it has carried out a batch, those who are waiting for it are closed without an answer.
-What may take long (see `apart`) has no place in a batch: its connection waits for it alone.
+What may take long (see `apart`) has no place in a batch: its connection waits for it alone. Whoever waits for a record
+is told of it by whatever wrote it (see `waiting`).
 
 What commands mean is known to `verbs`, what bytes mean to `protocols`; nothing here knows the client.
 """
@@ -21,28 +22,29 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from beaker_statestore import observe
+from beaker_statestore import __version__, observe
 from beaker_statestore.complaints import Complaints
 from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.tyrant.address import Address
-from beaker_statestore.tyrant.apart import Job
+from beaker_statestore.tyrant.apart import Job, Wait
 from beaker_statestore.tyrant.backups import Backups
 from beaker_statestore.tyrant.calls import Call
-from beaker_statestore.tyrant.commands import STORE_FAILED, Body, Reply
+from beaker_statestore.tyrant.commands import STORE_FAILED, Body, Reply, Request
 from beaker_statestore.tyrant.encrypted import Encrypted
 from beaker_statestore.tyrant.http import HTTPPolicy
 from beaker_statestore.tyrant.listening import BACKLOG, SOCKET_MODE, listen
 from beaker_statestore.tyrant.mask import CLOSED, OPEN, Mask
 from beaker_statestore.tyrant.protocols import CallDecoder
 from beaker_statestore.tyrant.verbs import Executor, Function, Reach, report, waits_for_disk
+from beaker_statestore.tyrant.waiting import WaitingRoom
 from beaker_statestore.tyrant.wire import Encoded, Limits, encoded_length
 
 __all__ = ["Server", "ServerLimits", "ServerOptions"]
@@ -97,6 +99,8 @@ class ServerLimits:
     keys: int = 100_000
     #: Elements that a request may list, as ``mget`` and ``misc`` do: all others wait for as long as it takes.
     items: int = 20_000
+    #: Connections that may wait for a record at a time.
+    waiters: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,8 @@ class ServerOptions:
     functions: Mapping[bytes, Function] = field(default_factory=dict)
     #: Where ``copy`` writes to; ``None``: nowhere.
     backups: Backups | None = None
+    #: Makes the reply to ``ext statistics`` of what the server knows; ``None``: there are no statistics.
+    report: Callable[[Mapping[str, Any]], bytes] | None = None
 
 
 class Server:
@@ -138,12 +144,22 @@ class Server:
         #: Where it listens, once it has been started.
         self.addresses: list[Address] = []
         self._blocking = store.blocking
-        reach = Reach(limits.message, limits.reply, limits.keys, options.functions, options.backups)
+        reach = Reach(
+            limits.message,
+            limits.reply,
+            limits.keys,
+            options.functions,
+            options.backups,
+            self._figures,
+            options.report,
+        )
         self._executor = Executor(store, reach)
         #: What may not run beside each other on the store does so here, if it waits for the disk.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="statestore")
         self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="statestore-aside")
         self._scanning = asyncio.Semaphore(SCANS)
+        self._complain = Complaints(logger)
+        self._waiting_room = WaitingRoom(store, limits.waiters, self.between, self._begin, self._complain)
         self._jobs: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.Server] = []
         #: Unix sockets that were made here, and go when nobody listens any more.
@@ -161,8 +177,14 @@ class Server:
         self._costly_due = self._began = 0.0
         self._for_costly = False
         self._turning = False
-        self._complain = Complaints(logger)
         self._idle_timer: asyncio.TimerHandle | None = None
+        #: What statistics call the store.
+        self._name = store.path or type(store).__name__
+        self._started = time.monotonic()
+        self._clock = 0
+        self._most = self._accepted = self._batches = self._batched = 0
+        #: Bytes that have come from clients and gone to them, without what TLS adds.
+        self.received = self.sent = 0
 
     async def start(self, addresses: Iterable[Address | str]) -> None:
         """Listen at ``addresses``; in texts, the port 0 stands for any free one.
@@ -191,6 +213,9 @@ class Server:
             stays: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
             listener = await self._loop.create_unix_server(self._admit_unix, sock=sock, backlog=BACKLOG, **stays)
         else:
+            # Linux hands it on to whoever is accepted. asyncio only sees to it where the socket says its protocol, and
+            # without it a reply that follows another waits for that to be acknowledged, some 40 ms.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             listener = await self._loop.create_server(self._admit_tcp, sock=sock, backlog=BACKLOG)
         self._listeners.append(listener)
 
@@ -209,6 +234,7 @@ class Server:
         for path in self._paths:
             path.unlink(missing_ok=True)
         _cancel(self._idle_timer)
+        self._waiting_room.close()
         for connection in list(self._connections):
             connection.finish()
         deadline = self._loop.time() + DRAIN
@@ -244,12 +270,18 @@ class Server:
             self._complain("refusing a client: %d are connected, as many as may be", len(self._connections))
             return False
         self._connections.add(connection)
+        self._accepted += 1
+        self._most = max(self._most, len(self._connections))
         return True
 
     def forget(self, connection: _Connection) -> None:
         """``connection`` has been lost."""
         self._connections.discard(connection)
         self._held -= self._heavy.pop(connection, 0)
+
+    def hurry(self, connection: _Connection) -> None:
+        """If ``connection`` waits for a record, it is to wait no more."""
+        self._waiting_room.dismiss(connection)
 
     def ready(self, connection: _Connection) -> None:
         """``connection`` has something to be carried out."""
@@ -289,6 +321,7 @@ class Server:
         taken: list[tuple[_Connection, int]] = []
         calls: list[Call] = []
         self._began = time.monotonic()
+        self._clock = observe.listener.clock()
         self._for_costly = self._is_turn_of_costly()
         while len(calls) < BATCH:
             first = self._for_costly and not taken
@@ -333,11 +366,22 @@ class Server:
         try:
             known = replies()
         except OutcomeUnknown as error:
+            self._tell_of_batch(failed=True)
+            self._waiting_room.carried_out(_requests(calls))
             for connection, count in taken:
                 if count:
                     connection.abort(f"whether its requests were carried out is unknown: {error}")
             taken, calls, known = [(connection, 0) for connection, count in taken if not count], [], []
+        else:
+            self._tell_of_batch()
+        self._waiting_room.carried_out(_requests(islice(calls, len(known))))
+        self._batches += 1
+        self._batched += len(known)
         self._settle(taken, calls, known)
+
+    def _tell_of_batch(self, *, failed: bool = False) -> None:
+        if self._clock:
+            observe.listener.operation(self._name, "batch", self._clock, failed=failed)
 
     def _settle(self, taken: list[tuple[_Connection, int]], calls: list[Call], replies: list[Encoded]) -> None:
         """Hand out ``replies``, and give back the ``calls`` behind the last one that has been carried out."""
@@ -364,19 +408,25 @@ class Server:
 
     def carry_out_apart(self, connection: _Connection, call: Call, job: Job) -> None:
         """Carry out ``job`` and settle ``call`` with ``connection``."""
-        task = self._loop.create_task(self._carry_out_apart(connection, call, job))
+        self._begin(self._carry_out_apart(connection, call, job))
+
+    def _begin(self, job: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(job)
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
 
     async def _carry_out_apart(self, connection: _Connection, call: Call, job: Job) -> None:
         try:
-            if job.waits:
-                await self._loop.run_in_executor(self._aside, job.step)
+            if isinstance(job, Wait):
+                reply = await self._waiting_room.wait(connection, job, patient=connection.stays)
             else:
-                async with self._scanning:
-                    while not await self.between(job.step) and not connection.lost:
-                        await asyncio.sleep(0)
-            reply = Reply(STORE_FAILED) if connection.lost else job.reply
+                if job.waits:
+                    await self._loop.run_in_executor(self._aside, job.step)
+                else:
+                    async with self._scanning:
+                        while not await self.between(job.step) and not connection.lost:
+                            await asyncio.sleep(0)
+                reply = Reply(STORE_FAILED) if connection.lost else job.reply
         except Exception as error:  # noqa: BLE001 - whatever it was, the client gets an answer
             report(error)
             reply = Reply(STORE_FAILED)
@@ -384,6 +434,27 @@ class Server:
             connection.settle([call.encode(reply)], [])
         except Exception as error:  # noqa: BLE001 - as in `_settle`
             connection.abort(f"its reply could not be sent: {error!r}")
+
+    def _figures(self) -> dict[str, Any]:
+        """What there is to tell about the server itself, by names for people."""
+        room = self._waiting_room
+        return {
+            "Version": __version__,
+            "Uptime (Seconds)": round(time.monotonic() - self._started, 3),
+            "Store": self._name,
+            "Connections": len(self._connections),
+            "Connections at Most": self._most,
+            "Connections Accepted": self._accepted,
+            "Bytes Received": self.received,
+            "Bytes Sent": self.sent,
+            "Memory Held (Bytes)": sum(connection.held for connection in self._connections),
+            "Batches": self._batches,
+            "Requests/Batch": round(self._batched / max(1, self._batches), 2),
+            "Waiting": len(room),
+            "Waits Ended by a Record": room.woken,
+            "Waits in Vain": room.in_vain,
+            "Waits Refused": room.refused,
+        }
 
     def _look_for_idle(self) -> None:
         idle = self.limits.idle
@@ -419,6 +490,8 @@ class _Connection(asyncio.Protocol):
         self._ending = False
         #: It is being sent away with an answer that it may not have read yet.
         self._lingers = False
+        #: It has sent all that it will send.
+        self._ended = False
         self.lost = False
         self._idle_since = self._loop.time()
         self._may_write = True
@@ -435,6 +508,11 @@ class _Connection(asyncio.Protocol):
     def costly(self) -> bool:
         """Whether its next reply may be as long as one that it had a short while ago, or nothing is known of it."""
         return self._loop.time() < self._costly_until
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is still there, as far as can be seen, and its leaving would be noticed."""
+        return not self._ended and self._decoder.buffered <= READ_AHEAD
 
     @property
     def held(self) -> int:
@@ -462,6 +540,7 @@ class _Connection(asyncio.Protocol):
         if self._ending:
             return
         self._decoder.feed(data)
+        self._server.received += len(data)
         self._drained = False
         if not self._busy:
             self._busy = True
@@ -469,9 +548,12 @@ class _Connection(asyncio.Protocol):
                 self._server.ready(self)
         elif self._decoder.buffered > READ_AHEAD:
             self._transport.pause_reading()
+            self._server.hurry(self)
         self._weigh()
 
     def eof_received(self) -> bool:
+        self._ended = True
+        self._server.hurry(self)
         self.finish()
         return True  # what has been asked before is still answered
 
@@ -487,7 +569,8 @@ class _Connection(asyncio.Protocol):
             self._server.ready(self)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.lost = self._ending = True
+        self.lost = self._ended = self._ending = True
+        self._server.hurry(self)
         if not self._busy or not self._may_write:  # otherwise its turn is still to come
             self._decoder.clear()
         _cancel(self._frame_timer)
@@ -547,6 +630,7 @@ class _Connection(asyncio.Protocol):
             self._decoder.clear()
             return
         size = sum(map(encoded_length, replies))
+        self._server.sent += size
         if size > COSTLY:
             self._costly_until = self._loop.time() + size / COSTLY_RATE
         elif replies and self._costly_until == math.inf:
@@ -635,6 +719,10 @@ class _Connection(asyncio.Protocol):
             self._overdue = True
         else:
             self.abort(_NOT_IN_TIME)
+
+
+def _requests(calls: Iterable[Call]) -> Iterator[Request]:
+    return (call.request for call in calls if call.request is not None)
 
 
 def _joined(replies: list[Encoded]) -> Iterator[bytes]:

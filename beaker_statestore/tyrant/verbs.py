@@ -30,7 +30,7 @@ from beaker_statestore.complaints import Complaints
 from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError, StateStoreError
 from beaker_statestore.stores.base import LocalStore, LocalVerbs, Verbs
 from beaker_statestore.tyrant import commands, paging, swap
-from beaker_statestore.tyrant.apart import Backup, Job, Scan, scan_for
+from beaker_statestore.tyrant.apart import Backup, Job, Scan, Statistics, scan_for, wait_for
 from beaker_statestore.tyrant.backups import Backups
 from beaker_statestore.tyrant.calls import Call
 from beaker_statestore.tyrant.commands import FAILURE, STORE_FAILED, SUCCESS, TOO_MUCH, Command, Reply, Request
@@ -77,6 +77,10 @@ class Reach:
     functions: Mapping[bytes, Function] = field(default_factory=dict)
     #: Where copies go; ``None``: there are none.
     backups: Backups | None = None
+    #: What the server knows of itself, by names for people.
+    figures: Callable[[], Mapping[str, Any]] = dict
+    #: Makes the reply to ``ext statistics`` of that; ``None``: there are no statistics.
+    report: Callable[[Mapping[str, Any]], bytes] | None = None
 
 
 class Position(NamedTuple):
@@ -143,18 +147,34 @@ class Executor:
     def apart(self, request: Request) -> Job | None:
         """The job that ``request`` is, if it is to be carried out by itself and not by `execute`.
 
-        Only one that the store does not do by itself, in whatever time it takes, is.
+        Only one that the store does not do by itself, in whatever time it takes, is. For the server's own thread.
         """
         if request.command is commands.COPY:
             self._calls[request.command] += 1
             return Backup(request.arguments[0], self._store, self._reach.backups, self._complain)
-        if request.command not in _MAY_SCAN or self._store.scans_itself:
-            return None
-        plan = scan_for(request, ordered=self._store.kind != "hash")
-        if plan is None:
-            return None
-        self._calls[request.command] += 1
-        return Scan(plan, self._store, self._complain, keys=self._reach.keys, longest=self._reach.reply)
+        job: Job | None = None
+        if request.command is commands.EXT:
+            job = self._own_function(request)
+        elif request.command in _MAY_SCAN and not self._store.scans_itself:
+            plan = scan_for(request, ordered=self._store.kind != "hash")
+            if plan is not None:
+                job = Scan(plan, self._store, self._complain, keys=self._reach.keys, longest=self._reach.reply)
+        if job is not None:
+            self._calls[request.command] += 1
+        return job
+
+    def _own_function(self, request: Request) -> Job | None:
+        name = request.arguments[0]
+        if name == commands.WAIT:
+            return wait_for(request, self._store)
+        if name == commands.STATISTICS and self._reach.report is not None:
+            calls, misses = self._calls.copy(), self._misses.copy()
+            commands_ = {
+                command.name: {"Requests": count, "Misses": misses[command]} for command, count in calls.items()
+            }
+            figures = {**self._reach.figures(), "Requests": calls.total(), "Commands": commands_}
+            return Statistics(figures, self._store, self._reach.report, self._reach.reply)
+        return None
 
     def _attempt(self, calls: Sequence[Call]) -> list[Encoded]:
         # An operation must not touch the store but through its verbs, so this is asked before.
@@ -407,7 +427,8 @@ class Run:
         return Reply(SUCCESS, bytes(result))
 
     def probe(self, key: bytes, value: bytes) -> Reply:
-        return Reply(SUCCESS, b" ".join([*_EXTENSIONS, *self._reach.functions]))
+        apart = [commands.WAIT] if self._reach.report is None else [commands.WAIT, commands.STATISTICS]
+        return Reply(SUCCESS, b" ".join([*_EXTENSIONS, *apart, *self._reach.functions]))
 
     def replace(self, key: bytes, value: bytes) -> Reply:
         return self._changed(key, lambda _stored: value)
@@ -559,7 +580,7 @@ _EXTENSIONS: Final[dict[bytes, Callable[[Run, bytes, bytes], Reply]]] = {
 }
 
 #: Their names; the operator's functions have others.
-BUILT_IN: Final = frozenset(_EXTENSIONS)
+BUILT_IN: Final = frozenset({*_EXTENSIONS, commands.WAIT, commands.STATISTICS})
 
 #: memcached's commands count as the binary ones that are most like them.
 _COUNTED_AS: Final = {
