@@ -26,6 +26,7 @@ from beaker_statestore.documents import EXPIRES, Document
 from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError
 from beaker_statestore.mailqueue import MailQueue
 from beaker_statestore.settings import Settings
+from beaker_statestore.stores.base import Store
 
 __all__ = ["LIFETIME", "Claim", "ConfirmationStorage", "Confirmations", "engine"]
 
@@ -61,10 +62,16 @@ class ConfirmationStorage:
     fails.
     """
 
-    def __init__(self, store: Any, lifetime: float = LIFETIME, *, name: str = "confirmations", **options: Any) -> None:
-        settings = store if isinstance(store, Settings) else Settings.from_options({"url": store, **options})
+    def __init__(
+        self,
+        store: Store | str | Settings,
+        lifetime: float = LIFETIME,
+        *,
+        name: str = "confirmations",
+        **options: Any,
+    ) -> None:
         self.lifetime = lifetime
-        self._documents = Collection(settings, "confirm", name)
+        self._documents = Collection(Settings.at(store, **options), "confirm", name)
 
     @classmethod
     def from_settings(
@@ -72,15 +79,15 @@ class ConfirmationStorage:
         application: Mapping[str, Any] | str | os.PathLike[str],
         *,
         section: str | None = None,
-        lifetime: float = LIFETIME,
-        name: str = "confirmations",
+        **options: Any,
     ) -> ConfirmationStorage:
         """A storage by the ``beaker.session.*`` lines of an INI file, or of the mapping made from one.
 
         :param section: of the file, where `read_ini` cannot tell by itself.
+        :param options: ``lifetime`` and ``name``, as above.
         :raises ConfigurationError: the file, or a setting in it, is missing or wrong.
         """
-        return cls(Settings.of(application, section), lifetime, name=name)
+        return cls(Settings.of(application, section), **options)
 
     def get(self, target: str, from_address: str | None) -> tuple[str, str | None] | tuple[None, None]:
         """The secret, as it was given to `store`, and the pending id; (None, None): there is none, or it was used."""

@@ -240,6 +240,21 @@ class Consumer:
             if cursor.tries > self._retries:
                 self._not_before = 0.0
 
+    def give_up(self, message: Message, error: object) -> None:
+        """It cannot be handled, now or later: make it a dead letter at once. All before it are handled.
+
+        :raises LeaseLost: another process has the lease; the message comes to it.
+        :raises StoreUnavailable: the store failed; the message comes again all the same.
+        """
+        if message.redelivered:
+            self.retry(message, error)
+            return
+        with self._lock:
+            self._of(message)
+            self._return_to(message.number)
+            self._change(lambda cursor: replace(cursor.moved(message.number), error=_text(error)))
+            self._bury(Entry(message.number, {"body": message.body, "at": message.pushed_at}), message.attempt)
+
     def extend(self) -> None:
         """Keep the lease for its whole length from now on. For whoever handles a message for longer.
 

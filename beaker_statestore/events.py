@@ -41,7 +41,7 @@ class Events:
         """
         if settings.events is None:
             return None
-        return cls(Queue.from_settings(settings, settings.events, when_full="forget"))
+        return cls(Queue(settings, settings.events, when_full="forget"))
 
     def publish(self, kind: str, **fields: Any) -> None:
         """Tell that something of this ``kind`` has happened. Never raises for a store that fails: it has, all the same.

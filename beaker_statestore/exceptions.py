@@ -61,6 +61,10 @@ class ContentionError(StoreUnavailable):
     """Others kept changing the record for as long as we were willing to try."""
 
 
+class QueueFullError(StoreUnavailable):
+    """A queue has as much as it may; nothing was written. Try again later, or see why nobody takes anything out."""
+
+
 class Conflict(StateStoreError):  # noqa: N818 - what happened, and often nobody's fault
     """Somebody else has changed the same fields meanwhile, and the caller asked not to overwrite that.
 

@@ -26,8 +26,8 @@ from beaker_statestore import observe
 from beaker_statestore.consumers import FEW, SLICE, Consumer, LeaseLost, Start
 from beaker_statestore.deadletters import DeadLetters
 from beaker_statestore.documents import Document
-from beaker_statestore.exceptions import ConfigurationError
-from beaker_statestore.queuelog import QueueFullError, QueueLog, WhenFull
+from beaker_statestore.exceptions import ConfigurationError, QueueFullError
+from beaker_statestore.queuelog import QueueLog, WhenFull
 from beaker_statestore.queuerecords import Cursor, DeadLetter, Entry, Message, valid_name
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores.base import Store
@@ -40,7 +40,6 @@ __all__ = [
     "LeaseLost",
     "Message",
     "Queue",
-    "QueueFullError",
     "Report",
 ]
 
@@ -88,7 +87,7 @@ class Report:
 class Queue:
     """The queue ``name`` in a store. Safe for threads, and for processes that share the store.
 
-    :param store: the store, or its URL.
+    :param store: a store, its URL, or settings.
     :param name: letters A to Z and a to z, digits, and ``. _ -``; at most 64.
     :param limit: how many messages there may be that some consumer has not acknowledged.
     :param when_full: ``refuse``: `push` raises `QueueFullError` (a `StoreUnavailable`: try again later); ``forget``:
@@ -100,33 +99,33 @@ class Queue:
     """
 
     def __init__(
-        self, store: Store | str, name: str, *, limit: int = LIMIT, when_full: WhenFull = "refuse", **options: Any
+        self,
+        store: Store | str | Settings,
+        name: str,
+        *,
+        limit: int = LIMIT,
+        when_full: WhenFull = "refuse",
+        **options: Any,
     ) -> None:
-        self._open(Settings.from_options({"url": store, **options}), name, limit, when_full)
+        self._log = QueueLog(Settings.at(store, **options), name, limit, when_full)
+        self.name = name
 
     @classmethod
     def from_settings(
         cls,
-        application: Mapping[str, Any] | str | os.PathLike[str] | Settings,
+        application: Mapping[str, Any] | str | os.PathLike[str],
         name: str,
         *,
         section: str | None = None,
-        limit: int = LIMIT,
-        when_full: WhenFull = "refuse",
+        **options: Any,
     ) -> Queue:
-        """By the ``beaker.session.*`` lines of an INI file, or of the mapping made from one, or by `Settings`.
+        """By the ``beaker.session.*`` lines of an INI file, or of the mapping made from one.
 
         :param section: of the file, where `read_ini` cannot tell by itself.
+        :param options: ``limit`` and ``when_full``, as above.
         :raises ConfigurationError: the file, or a setting in it, is missing or wrong.
         """
-        settings = application if isinstance(application, Settings) else Settings.of(application, section)
-        queue = cls.__new__(cls)
-        queue._open(settings, name, limit, when_full)
-        return queue
-
-    def _open(self, settings: Settings, name: str, limit: int, when_full: WhenFull) -> None:
-        self._log = QueueLog(settings, name, limit, when_full)
-        self.name = name
+        return cls(Settings.of(application, section), name, **options)
 
     def push(self, body: Any) -> int:
         """Put ``body``, any JSON value, behind all other messages, and answer its number.

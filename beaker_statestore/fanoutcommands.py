@@ -37,7 +37,7 @@ def _queue_argument(command: Callable[..., None]) -> Callable[..., None]:
     @store_options
     @wraps(command)
     def with_queue(settings: Settings, name: str, limit: int = LIMIT, **arguments: Any) -> None:
-        command(queue=Queue.from_settings(settings, name, limit=limit), **arguments)
+        command(queue=Queue(settings, name, limit=limit), **arguments)
 
     return with_queue
 

@@ -35,14 +35,15 @@ from beaker_statestore.exceptions import (
     DocumentDamagedError,
     DocumentRefusedError,
     OutcomeUnknown,
+    QueueFullError,
     StateStoreError,
-    StoreUnavailable,
     ValueTooLargeError,
 )
 from beaker_statestore.locks import Lease
 from beaker_statestore.settings import Settings
+from beaker_statestore.stores.base import Store
 
-__all__ = ["Deliver", "Envelope", "MailQueue", "QueueFullError", "QueuedMail", "smtp"]
+__all__ = ["Deliver", "Envelope", "MailQueue", "QueuedMail", "smtp"]
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +74,6 @@ _CONTROLS: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _BARE: Final = re.compile(r"[^\s<>]+@[^\s<>]+")
 #: A key's time: microseconds since 1970, in hexadecimal digits.
 _TIME: Final = re.compile(r"([0-9a-f]{14})-[0-9a-f]{16}")
-
-
-class QueueFullError(StoreUnavailable):
-    """The queue has as many mails as it may. Nothing was stored; there is room again once some are removed."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class MailQueue:
 
     def __init__(
         self,
-        store: Any,
+        store: Store | str | Settings,
         name: str,
         *,
         limit: int = LIMIT,
@@ -174,7 +171,7 @@ class MailQueue:
         event: str | None = "undeliverable",
         **options: Any,
     ) -> None:
-        settings = store if isinstance(store, Settings) else Settings.from_options({"url": store, **options})
+        settings = Settings.at(store, **options)
         self.name = name
         self.limit = limit
         self.largest = largest
@@ -196,18 +193,15 @@ class MailQueue:
         name: str,
         *,
         section: str | None = None,
-        limit: int = LIMIT,
-        largest: int = LARGEST,
-        lifetime: float | None = None,
-        event: str | None = "undeliverable",
+        **options: Any,
     ) -> MailQueue:
         """A queue by the ``beaker.session.*`` lines of an INI file, or of the mapping made from one.
 
         :param section: of the file, where `read_ini` cannot tell by itself.
+        :param options: ``limit``, ``largest``, ``lifetime`` and ``event``, as above.
         :raises ConfigurationError: the file, or a setting in it, is missing or wrong.
         """
-        settings = Settings.of(application, section)
-        return cls(settings, name, limit=limit, largest=largest, lifetime=lifetime, event=event)
+        return cls(Settings.of(application, section), name, **options)
 
     def push(self, message: object) -> str:
         """Store a mail, and answer its key.

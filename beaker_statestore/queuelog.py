@@ -43,13 +43,14 @@ from beaker_statestore.exceptions import (
     ContentionError,
     DocumentDamagedError,
     OutcomeUnknown,
+    QueueFullError,
     StoreUnavailable,
 )
 from beaker_statestore.queuerecords import Entry, Head, Page, is_number, valid_name
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores.base import CONTENTION_DEADLINE, PAGE
 
-__all__ = ["QueueFullError", "QueueLog", "WhenFull"]
+__all__ = ["QueueLog", "WhenFull"]
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +70,6 @@ MAX_CONSUMERS: Final = 200
 
 _FLOOR: Final = "floor"
 _END: Final = "end"
-
-
-class QueueFullError(StoreUnavailable):
-    """There is no room in the queue, because a consumer is far behind; nothing was written. Try again later."""
 
 
 class QueueLog:

@@ -250,6 +250,18 @@ class Settings:
     events: str | None = _option(_text_or_none, None)
 
     @classmethod
+    def at(cls, store: Any, **options: Any) -> Settings:
+        """Those of a store, or of its URL, with ``options``; settings come back as they are.
+
+        :raises ConfigurationError: an option is wrong, or given beside settings, which have it already.
+        """
+        if not isinstance(store, Settings):
+            return cls.from_options({"url": store, **options})
+        if options:
+            raise ConfigurationError(f"{', '.join(options)} and settings are given; put it into the settings")
+        return store
+
+    @classmethod
     def of(cls, application: Mapping[str, Any] | str | os.PathLike[str], section: str | None = None) -> Settings:
         """By the ``beaker.session.*`` lines of an INI file, or of the mapping made from one.
 

@@ -77,7 +77,7 @@ class Slates:
     """
 
     def __init__(self, store: Store | str | Settings, **options: Any) -> None:
-        settings = store if isinstance(store, Settings) else Settings.from_options({"url": store, **options})
+        settings = Settings.at(store, **options)
         self._settings = settings
         #: Who has signed in.
         self.auth = Tokens(settings)

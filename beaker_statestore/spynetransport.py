@@ -23,10 +23,8 @@ import sys
 import time
 from typing import Any, Final, NoReturn
 
-from beaker_statestore import observe
-from beaker_statestore.consumers import MAX_DEAD
 from beaker_statestore.exceptions import MissingDriverError, StoreUnavailable
-from beaker_statestore.fanout import DeadLetter, LeaseLost, Message, Queue
+from beaker_statestore.fanout import LeaseLost, Message, Queue
 
 try:
     from spyne import (
@@ -257,29 +255,12 @@ class Consumer(ServerBase):
             log.warning("%s: message %d may come again: %s", self._consumer, message.number, error)
 
     def _failed(self, message: Message, error: Exception) -> None:
-        if isinstance(error, Fault):
-            text = _text(error)
-            if not (_is_clients(error) and self._bury(message, text)):
-                self._consumer.retry(message, text)
-        else:
+        if not isinstance(error, Fault):
             self._consumer.retry(message, error)
-
-    def _bury(self, message: Message, error: str) -> bool:
-        """Make a dead letter of ``message`` at once; False: `Consumer.retry` has to decide."""
-        letters = self._queue.dead_letters(self.name)
-        try:
-            if message.redelivered or len(letters.numbers()) >= MAX_DEAD:
-                return False
-            now = time.time()
-            letters.put(DeadLetter(message.number, message.body, message.pushed_at, error, message.attempt, now))
-        except StoreUnavailable as outage:
-            # It is neither dead nor done, so it must come again before anything else does.
-            self._consumer.retry(message, outage)
-            return True
-        observe.count("fanout.dead_letters")
-        log.error("%s gave up message %d: %s", self._consumer, message.number, error)
-        self._consumer.acknowledge(message)
-        return True
+        elif _is_clients(error):
+            self._consumer.give_up(message, _text(error))
+        else:
+            self._consumer.retry(message, _text(error))
 
 
 def _remember(ctx: MethodContext) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator
+from email.utils import parseaddr
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from wsgi_demo.check import NEWS, Person
-from wsgi_demo.processes import Demo, free_ports
+from beaker_statestore.sessions import Sessions
+from beaker_statestore.settings import read_ini
+from wsgi_demo.check import NEWS, Person, link_in
+from wsgi_demo.processes import INI, Demo, free_ports
 
 #: How long a page may take to come, in seconds.
 PATIENCE = 20.0
@@ -44,7 +47,7 @@ _names = itertools.count(1)
 
 
 class Chromium:
-    """A browser with one window, in which pages run no scripts."""
+    """A browser with one window, in which pages run no scripts unless a test wants it."""
 
     def __init__(self, profile: Path, demo: Demo) -> None:
         driver, browser = shutil.which("chromedriver"), shutil.which("chromium")
@@ -59,11 +62,11 @@ class Chromium:
         self.driver.set_page_load_timeout(PATIENCE)
         self.base_url = demo.base_url
 
-    def becomes(self, screen: dict[str, Any]) -> Chromium:
+    def becomes(self, screen: dict[str, Any], *, scripts: bool = False) -> Chromium:
         """Start afresh with a screen of this size."""
-        self.driver.delete_all_cookies()
+        self.driver.execute_cdp_cmd("Network.clearBrowserCookies", {})
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-        self.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+        self.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
         return self
 
     def open(self, path: str) -> None:
@@ -83,6 +86,17 @@ class Chromium:
 
     def wait(self, condition: Any) -> None:
         WebDriverWait(self.driver, PATIENCE, poll_frequency=0.05, ignored_exceptions=(Exception,)).until(condition)
+
+    def run(self, script: str) -> Any:
+        return self.driver.execute_script(script)
+
+    def signs_in(self, person: Person) -> None:
+        """Ask for a link by the page, and open it."""
+        self.open("/")
+        self.write("#address", person.address)
+        self.press("Mail me a link")
+        self.driver.get(link_in(person.mail("sign in")))
+        self.press("Sign in")
 
     def write(self, selector: str, text: str) -> None:
         field = self.find(selector)
@@ -260,3 +274,71 @@ def test_the_largest_text_still_fits(chromium: Chromium, ann: Person) -> None:
     for path in ("/", "/outbox", "/check-your-mail"):
         browser.open(path)
         assert browser.judge() == ""
+
+
+# The live page
+
+
+@pytest.fixture
+def live(chromium: Chromium) -> Iterator[Chromium]:
+    yield chromium.becomes(DESK, scripts=True)
+    # Otherwise the next test would begin with a page that fetches itself.
+    chromium.driver.get("about:blank")
+
+
+def test_an_open_page_changes_by_itself_when_a_mail_arrives(live: Chromium, ann: Person) -> None:
+    live.signs_in(ann)
+    live.run("window.loaded = 1")
+    assert live.find("[aria-current]").text == "START"
+    assert ann.writes(NEWS) == "250 OK"
+    live.wait(lambda _: live.find("[aria-current]").text == "CONFIRMING")
+    assert live.find(".live[role=status]").text.startswith("Changed by itself at")
+    live.run("document.querySelector('main button').focus()")
+    ann.writes(parseaddr(ann.mail("confirm").message["Reply-To"])[1])
+    live.wait(lambda _: live.find("[aria-current]").text == "MEMBER")
+    assert live.run("return window.loaded") == 1, "nobody has loaded the page anew"
+    assert live.run("return document.activeElement.textContent") == "Leave the list", "the focus stays"
+    assert live.judge() == ""
+
+
+def test_what_is_half_written_stays_while_mails_appear_around_it(live: Chromium, ann: Person) -> None:
+    live.open("/outbox")
+    live.run("window.loaded = 1")
+    live.find("#text").send_keys(" And I have not finished.")
+    mails = len(live.all("details.mail"))
+    for subject in ("one", "two"):
+        ann.writes(NEWS, subject)
+    live.wait(lambda _: len(live.all("details.mail")) == mails + 2)
+    assert live.run("return [window.loaded, document.activeElement.id]") == [1, "text"]
+    assert live.find("#text").get_attribute("value") == "Hello, I am new here. And I have not finished."
+    # As if the form were another by now.
+    live.run("document.querySelector('#text').title = 'old'")
+    ann.writes(NEWS, "three")
+    live.wait(lambda _: live.find(".live").text.startswith("Something here has changed"))
+    assert live.find("#text").get_attribute("title") == "old"
+    live.run("const field = document.activeElement; field.value = field.defaultValue; field.blur()")
+    live.wait(lambda _: live.find("#text").get_attribute("title") == "")
+
+
+def test_who_is_signed_out_from_elsewhere_sees_it(demo: Demo, live: Chromium, ann: Person) -> None:
+    live.signs_in(ann)
+    live.run("window.loaded = 1")
+    settings = {**read_ini(INI), "beaker.session.url": f"127.0.0.1:{demo.ports['store']}"}
+    assert Sessions.from_settings(settings).revoke(ann.address) == 1
+    live.wait(lambda _: live.heading == "Announcements by mail")
+    assert live.run("return window.loaded") == 1
+    assert "Sign out" not in live.find("header").text
+
+
+@pytest.mark.long
+def test_an_open_page_says_that_it_is_cut_off_and_recovers(demo: Demo, live: Chromium, ann: Person) -> None:
+    live.signs_in(ann)
+    live.run("window.loaded = 1")
+    store = demo.processes["store"]
+    store.kill()
+    live.wait(lambda _: live.find(".live").text == "Reconnecting …")
+    store.start()
+    store.wait_until_up()
+    assert ann.writes(NEWS) == "250 OK"
+    live.wait(lambda _: live.find("[aria-current]").text == "CONFIRMING")
+    assert live.run("return window.loaded") == 1

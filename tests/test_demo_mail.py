@@ -20,6 +20,7 @@ from aiosmtpd.controller import Controller
 from salmon import routing
 from salmon.server import SMTPError
 
+from beaker_statestore.mailqueue import MailQueue
 from beaker_statestore.router import RouterStateStorage
 from beaker_statestore.stores.memory import MemoryStore
 from beaker_statestore.testing import FaultyStore
@@ -161,12 +162,42 @@ def test_an_old_confirmation_brings_nobody_back_who_has_left(ann: Writer) -> Non
     assert ann.mails[0].subject == "That confirmation is no longer good"
 
 
+def test_what_he_wrote_is_shown_where_he_confirms_and_then_thrown_away(demo: Demo, ann: Writer) -> None:
+    pending = MailQueue(f"{HOST}:{demo.ports['store']}", "pending")
+
+    def kept() -> list[str]:
+        return [mail.subject for mail in pending.mails() if mail.sender == ann.address]
+
+    ann.writes(NEWS, "My first mail")
+    assert kept() == ["My first mail"]
+    ann.writes(NEWS, "My second mail")
+    assert kept() == ["My second mail"], "there is one for everybody"
+    assert "My second mail" in ann.browser.open(link_in(ann.mail("confirm"))).text
+    ann.confirms_by_click()
+    assert kept() == []
+    assert ann.writes(NEWS, "My third mail") == "250 OK"
+    assert kept() == []
+    assert [mail.subject for mail in ann.mails if mail.subject.startswith("[news]")] == ["[news] My third mail"]
+
+
+def test_who_writes_much_is_asked_all_the_same(demo: Demo, ann: Writer) -> None:
+    """There is not much room for what people write who have not confirmed."""
+    assert ann.sends(NEWS, content="much " * 20_000) == "250 OK"
+    assert ann.sends(NEWS, ("Subject", "again"), content="much " * 20_000) == "250 OK"
+    kept = MailQueue(f"{HOST}:{demo.ports['store']}", "pending").mails()
+    assert ann.address not in {mail.sender for mail in kept}
+    ann.confirms_by_click()
+    assert ann.state == MEMBER
+
+
 def test_who_writes_again_is_asked_again_a_few_times(ann: Writer) -> None:
     for _ in range(9):
         assert ann.writes(NEWS) == "250 OK"
     assert [mail.subject for mail in ann.mails] == ["Please confirm: do you want to join?"] * 6
-    assert ann.state == CONFIRMING
-    ann.replies(ann.mails[-1])
+    oldest, newest = ann.mails[-1], ann.mails[0]
+    ann.replies(oldest)
+    assert ann.state == CONFIRMING, "the newest is the one that is good"
+    ann.replies(newest)
     assert ann.state == MEMBER
 
 
@@ -343,8 +374,8 @@ def test_a_handler_that_raises_moves_its_sender_to_error(demo: Demo, ann: Writer
     bob.joins()
     assert ann.writes(NEWS, "crash") == "250 OK"
     assert (ann.state, bob.state) == (ERROR, MEMBER)
-    kept = "".join(path.read_text() for path in (demo.directory / "undeliverable" / "new").iterdir())
-    assert ann.address in kept
+    [kept] = MailQueue(f"{HOST}:{demo.ports['store']}", "undeliverable").mails()
+    assert (kept.sender, kept.recipients, kept.subject) == (ann.address, [NEWS], "crash")
     ann.writes(NEWS, "Is anybody there?")
     assert ann.mails[0].subject == "Something of ours broke"
     assert ann.state == ERROR
@@ -394,8 +425,7 @@ class Router:
         self.store = FaultyStore(MemoryStore())
         self.outbox = Outbox(str(directory / "outbox"))
         self.controller = serve(self.outbox, endpoint)
-        options = {"demo.relay": endpoint, "demo.undeliverable": directory / "undeliverable"}
-        boot(Settings.from_mapping({"beaker.session.url": self.store, **options}))
+        boot(Settings.from_mapping({"beaker.session.url": self.store, "demo.relay": endpoint}))
 
     def takes(self, sender: str, to: str) -> bool:
         """Deliver a mail; False if it is deferred with 451."""

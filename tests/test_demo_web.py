@@ -14,6 +14,7 @@ import pytest
 from webtest import TestApp
 
 from beaker_statestore.exceptions import ConfigurationError
+from beaker_statestore.mailqueue import MailQueue
 from beaker_statestore.router import RouterStateStorage
 from beaker_statestore.settings import read_ini
 from beaker_statestore.stores.memory import MemoryStore
@@ -50,6 +51,7 @@ class World:
         parsed = Settings.from_mapping(settings)
         states = RouterStateStorage.from_settings(settings)
         self.newsletter = Newsletter(parsed, states, Relay(parsed.relay, Letters(parsed).bounces_address))
+        self.undeliverable = MailQueue.from_settings(settings, parsed.undeliverable)
 
     def browser(self, **changed: str) -> TestApp:
         return TestApp(make_app({**self.settings, **changed}), extra_environ=HERE)
@@ -114,6 +116,7 @@ def world(store: FaultyStore, relay: tuple[str, Outbox]) -> World:
         "beaker.session.data_serializer": "json",
         "beaker.session.key": "demo_session",
         "beaker.session.timeout": "600",
+        "beaker.session.events": "events",
         "demo.relay": endpoint,
         "demo.outbox": outbox.path,
     }
@@ -192,6 +195,7 @@ def test_signing_in_changes_the_session_id(world: World) -> None:
     assert browser.cookies["demo_session"] != planted
     thief = world.browser()
     thief.set_cookie("demo_session", planted)
+    thief.set_cookie("demo_slate", browser.cookies["demo_slate"])
     assert "signed in" not in thief.get("/").text
 
 
@@ -207,7 +211,8 @@ def test_who_signs_in_as_another_is_no_longer_the_first(world: World, store: Fau
 def test_signing_out_ends_the_session_for_every_copy_of_the_cookie(world: World) -> None:
     browser = world.signed_in()
     copy = world.browser()
-    copy.set_cookie("demo_session", browser.cookies["demo_session"])
+    for name, value in browser.cookies.items():
+        copy.set_cookie(name, value)
     assert ANN in copy.get("/").text
     assert "signed out" in form(browser.get("/"), "Sign out").submit().follow().text
     assert "signed in" not in browser.get("/").text
@@ -404,6 +409,7 @@ def test_who_has_not_signed_in_changes_nothing(world: World, path: str) -> None:
 # Forgery, headers, cookies
 
 POSTS = ["/sign-in", f"/sign-in/{NOBODYS_SECRET}", f"/confirm/{NOBODYS_SECRET}", "/leave", "/reset", "/sign-out"]
+POSTS += [f"/undeliverable/0-0/{act}" for act in ("deliver", "delete")]
 
 
 @pytest.mark.parametrize("path", [*POSTS, "/outbox"])
@@ -434,6 +440,7 @@ def test_every_answer_has_the_headers_that_keep_browsers_careful(world: World, s
     answers = [
         browser.get("/"),
         browser.get("/static/style.css"),
+        browser.get("/static/live.js"),
         browser.get("/nowhere", status=404),
         browser.get("/leave", status=405),
         browser.post("/leave", status=403),
@@ -446,6 +453,7 @@ def test_every_answer_has_the_headers_that_keep_browsers_careful(world: World, s
         policy = answer.headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy
         assert "frame-ancestors 'none'" in policy
+        assert "; script-src 'self'; connect-src 'self'; " in policy
         assert "unsafe" not in policy
         assert answer.headers["Referrer-Policy"] == "no-referrer"
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -675,7 +683,7 @@ def test_a_link_that_one_browser_is_about_to_use_is_no_longer_good_for_another(
     path = world.path_in_mail()
     first, second = world.browser(), world.browser()
     pages = [browser.get(path) for browser in (first, second)]
-    store.fail(4)  # the session, the link, its new owner; what fails is the new session
+    store.fail(4)  # the session, the link, its new owner; what fails is the new login
     form(pages[0], "Sign in").submit(status=503)
     assert store.calls[2:3] == ["compare_and_swap"]
     store.heal()
@@ -707,7 +715,7 @@ def test_what_is_in_mails_is_shown_and_not_obeyed(world: World, developer: TestA
     letters = world.newsletter.letters
     world.newsletter._relay.deliver(letters.post(ANN, nasty, nasty), [ANN])
     for page in (developer.get("/outbox"), developer.get("/outbox").click("Reply", index=0)):
-        assert "<script" not in page.text
+        assert "<script>" not in page.text
         assert "<img" not in page.text
         assert not re.search(r"<[^>]*\sonmouseover=", page.text)
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
@@ -741,6 +749,53 @@ def test_nobody_else_sees_the_outbox(world: World, development: str, environ: di
     assert browser.get("/outbox", status=404)
     assert browser.get(f"/outbox/{key}", status=404)
     assert browser.post("/outbox", {"csrf_token": token}, status=404)
+    mail = f"/undeliverable/{world.undeliverable.push(NASTY)}"
+    assert "ndeliverable" not in front.text
+    assert browser.get("/undeliverable", status=404)
+    assert browser.get(mail, status=404)
+    for act in ("deliver", "delete"):
+        assert browser.post(f"{mail}/{act}", {"csrf_token": token}, status=404)
+    assert len(world.undeliverable) == 1
+
+
+# Undeliverable mails, in development only
+
+NASTY = b"From: ann@example.com\r\nTo: news@localhost\r\nSubject: crash <script>\r\n\r\n</pre><img src=x> Hello\r\n"
+
+
+def test_undeliverable_mails_are_shown_and_not_obeyed(world: World, developer: TestApp) -> None:
+    world.undeliverable.push(b"Subject: the older\r\n\r\n")
+    world.undeliverable.push(NASTY)
+    page = developer.get("/undeliverable")
+    assert page.text.index("crash &lt;script&gt;") < page.text.index("the older")
+    mail = page.click("crash")
+    assert "&lt;/pre&gt;&lt;img src=x&gt; Hello" in mail.text
+    for answer in (page, mail):
+        assert "<img" not in answer.text
+        assert "crash <script" not in answer.text
+
+
+def test_what_is_delivered_again_is_gone_when_it_was_taken(world: World, developer: TestApp) -> None:
+    world.undeliverable.push(NASTY)
+    answer = form(developer.get("/undeliverable"), "Deliver again").submit(status=502)
+    assert "stays here" in answer.text
+    assert len(world.undeliverable) == 1
+    world.settings["demo.smtp"] = world.settings["demo.relay"]
+    answer = form(world.browser().get("/undeliverable"), "Deliver again").submit()
+    assert "once more" in answer.follow().text
+    [mail] = world.outbox.mails("news@localhost")
+    assert mail.message["Subject"] == "crash <script>"
+    assert len(world.undeliverable) == 0
+
+
+def test_what_is_deleted_is_gone(world: World, developer: TestApp) -> None:
+    key = world.undeliverable.push(NASTY)
+    page = developer.get("/undeliverable")
+    assert "is deleted" in form(page, "Delete").submit().follow().text
+    assert world.outbox.mails() == []
+    assert len(world.undeliverable) == 0
+    for answer in (form(page, "Deliver again").submit(status=404), developer.get(f"/undeliverable/{key}", status=404)):
+        assert "no such page" in answer.text
 
 
 @pytest.mark.parametrize("key", ["nothing", "..%2F..%2Fetc%2Fpasswd", "..", "%00"])
@@ -809,7 +864,6 @@ def test_the_ini_files_say_everything_and_nothing_that_depends_on_where_they_are
     said = {option for option in given if option.startswith("demo.")}
     assert {f"demo.{option}" for option in ("base_url", "host", "smtp", "relay", "outbox", "undeliverable")} <= said
     assert Path(settings.outbox).is_absolute()
-    assert Path(settings.undeliverable).is_absolute()
     make_filter(lambda *_: [], given)
 
 
@@ -840,27 +894,38 @@ class _Outline(HTMLParser):
         return [attributes for tag, attributes in self.found if tag in tags]
 
 
+def assert_readable(page: Any) -> None:
+    """Fail unless the page has what a screen reader needs, and nothing that the Content-Security-Policy forbids."""
+    outline = _Outline(page.text)
+    assert outline.all("html")[0]["lang"] == "en"
+    assert len(outline.all("h1")) == len(outline.all("main")) == len(outline.all("title")) == 1
+    assert outline.all("a")[0]["href"] == "#main"
+    assert outline.all("iframe", "style") == []
+    assert all(a["src"] == "/static/live.js" for a in outline.all("script"))
+    assert page.text.count("></script>") == len(outline.all("script"))
+    assert not [a for _, a in outline.found if "style" in a or any(name.startswith("on") for name in a)]
+    levels = [int(tag[1]) for tag, _ in outline.found if re.fullmatch("h[1-6]", tag)]
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), levels
+    ids = [a["id"] for _, a in outline.found if "id" in a]
+    assert len(ids) == len(set(ids))
+    labelled = {label["for"] for label in outline.all("label")}
+    inputs = [a for a in outline.all("input", "textarea") if a.get("type") != "hidden"]
+    assert {field["id"] for field in inputs} <= labelled
+    for attribute in ("aria-labelledby", "aria-describedby"):
+        assert {id_ for _, a in outline.found for id_ in (a.get(attribute) or "").split()} <= set(ids)
+
+
 def test_every_page_can_be_read_without_eyes_and_without_scripts(world: World, developer: TestApp) -> None:
     confirm = world.asked()
     ask_for_link(developer, ANN)
     sign_in = world.path_in_mail()
-    pages = [developer.get(path) for path in ("/", "/check-your-mail", "/outbox", confirm, sign_in, "/signed-out")]
+    pages: list[Any] = [
+        developer.get(path) for path in ("/", "/check-your-mail", "/outbox", confirm, sign_in, "/signed-out")
+    ]
     pages += [developer.get("/outbox").click("Reply", index=0), developer.get("/nowhere", status=404)]
     pages.append(form(pages[4], "Sign in").submit().follow())
     pages.append(form(developer.get("/outbox"), "Send").submit(status=502))
+    world.undeliverable.push(NASTY)
+    pages += [developer.get("/undeliverable"), developer.get("/undeliverable").click("crash", index=0)]
     for page in pages:
-        outline = _Outline(page.text)
-        assert outline.all("html")[0]["lang"] == "en"
-        assert len(outline.all("h1")) == len(outline.all("main")) == len(outline.all("title")) == 1
-        assert outline.all("a")[0]["href"] == "#main"
-        assert outline.all("script", "iframe", "style") == []
-        assert not [a for _, a in outline.found if "style" in a or any(name.startswith("on") for name in a)]
-        levels = [int(tag[1]) for tag, _ in outline.found if re.fullmatch("h[1-6]", tag)]
-        assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), levels
-        ids = [a["id"] for _, a in outline.found if "id" in a]
-        assert len(ids) == len(set(ids))
-        labelled = {label["for"] for label in outline.all("label")}
-        inputs = [a for a in outline.all("input", "textarea") if a.get("type") != "hidden"]
-        assert {field["id"] for field in inputs} <= labelled
-        for attribute in ("aria-labelledby", "aria-describedby"):
-            assert {a[attribute] for _, a in outline.found if attribute in a} <= set(ids)
+        assert_readable(page)

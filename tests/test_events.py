@@ -31,7 +31,7 @@ def published(options: dict[str, Any]) -> dict[str, Any]:
 
 def told(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """All that has been published, without the times, which are checked."""
-    follower = Queue.from_settings(Settings.from_options(settings), "events").follow("beginning")
+    follower = Queue(Settings.from_options(settings), "events").follow("beginning")
     events = []
     while (message := follower.receive(0)) is not None:
         assert abs(message.body.pop("at") - time.time()) < 3600

@@ -27,9 +27,10 @@ from beaker_statestore.exceptions import (
     DocumentDamagedError,
     DocumentRefusedError,
     OutcomeUnknown,
+    QueueFullError,
     StoreUnavailable,
 )
-from beaker_statestore.fanout import Consumer, LeaseLost, Message, Queue, QueueFullError
+from beaker_statestore.fanout import Consumer, LeaseLost, Message, Queue
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
@@ -967,5 +968,5 @@ def test_it_is_made_by_the_applications_settings(options: dict[str, Any], name: 
     application = {f"beaker.session.{option}": value for option, value in options.items()}
     queue = Queue.from_settings(application, name)
     assert queue.push(1) == 1
-    assert Queue.from_settings(Settings.of(application), name).report().end == 2
+    assert Queue(Settings.of(application), name).report().end == 2
     assert Queue(options["url"], name).report().end == 1  # without the prefix, another queue

@@ -28,12 +28,13 @@ from beaker_statestore.exceptions import (
     ConfigurationError,
     DocumentDamagedError,
     DocumentRefusedError,
+    QueueFullError,
     StateStoreError,
     StoreUnavailable,
     ValueTooLargeError,
 )
 from beaker_statestore.fanout import Queue
-from beaker_statestore.mailqueue import Envelope, MailQueue, QueueFullError, smtp
+from beaker_statestore.mailqueue import Envelope, MailQueue, smtp
 from beaker_statestore.router import install
 from beaker_statestore.stores import open_store
 from beaker_statestore.testing import FaultyStore, ServerProcess, free_port

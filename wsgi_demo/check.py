@@ -83,6 +83,15 @@ class Person:
         """The front page."""
         return expect(self.browser.open(self._demo.base_url + "/"), lambda page: page.status == status)
 
+    def undeliverable(self) -> Page:
+        """The page of mails that made a handler raise; any browser on this machine sees it."""
+        return expect(self.browser.open(self._demo.base_url + "/undeliverable"), lambda page: page.status == 200)
+
+    def invites(self, path: str = "", status: int = 200) -> Page:
+        """A page on which members invite others."""
+        page = self.browser.open(f"{self._demo.base_url}/invite{path}")
+        return expect(page, lambda page: page.status == status)
+
     def signs_in(self) -> Page:
         """Ask for a link, open it, press the button."""
         self.browser.press(self.page(), "Mail me a link", address=self.address)
@@ -111,10 +120,12 @@ def conversation(demo: Demo) -> Iterator[tuple[str, str]]:
     yield "Ann signs in on the web page, by a link that is mailed to her", f"the page shows {state(page, 'CONFIRMING')}"
 
     reply_to = parseaddr(confirmation.message["Reply-To"])[1]
-    says(ann.writes(reply_to, "Re: " + confirmation.subject), "250")
+    with ann.browser.following(page) as events:
+        says(ann.writes(reply_to, "Re: " + confirmation.subject), "250")
+        event = expect(next(events, None), lambda event: event == {"event": "state", "key": "news", "state": "MEMBER"})
     yield (
         "Ann confirms by replying",
-        f"the page shows {state(ann.page(), 'MEMBER')}; mail: {ann.mail('member').subject!r}",
+        f"the open page is told {event}, and shows {state(ann.page(), 'MEMBER')}; mail: {ann.mail('member').subject!r}",
     )
 
     says(bob.writes(NEWS), "250")
@@ -162,11 +173,41 @@ def conversation(demo: Demo) -> Iterator[tuple[str, str]]:
     page = bob.browser.press(bob.page(), "Start again")
     yield "Bob presses 'Start again'", f"the page shows {state(page, 'START')}"
 
-    says(bob.writes(NEWS), "250")
-    yield "Bob writes once more", f"the page shows {state(bob.page(), 'CONFIRMING')}"
+    page = bob.undeliverable()
+    heading(page, "crash")
+    page = bob.browser.press(page, "Deliver again")
+    seen = f"{heading(page, 'took the mail')}; the page shows {state(bob.page(), 'CONFIRMING')}"
+    yield "His mail is among the undeliverable ones, and is delivered again", f"{seen}, as if he had just written"
+    heading(bob.undeliverable(), "None.")
 
     page = bob.browser.press(bob.page(), "Sign out")
     yield "Bob signs out", heading(page, "You are signed out")
+
+    yield from invitation(ann, Person("cid@example.com", demo))
+
+
+def invitation(ann: Person, cid: Person) -> Iterator[tuple[str, str]]:
+    """Ann, who is a member and has signed in, invites Cid."""
+    page = ann.invites()
+    page = ann.browser.press(
+        page, "Look at them", addresses=f"{cid.address}\r\nsomebody at example.com\r\n{ann.address}"
+    )
+    seen = f"{heading(page, 'Instead of “somebody at example.com”')}; {heading(page, 'is a member already')}"
+    yield "Ann invites Cid, somebody without an address, and herself", f"conflicts: {seen}"
+
+    ann.browser.press(page, "Save for later")
+    heading(ann.browser.press(ann.page(), "Sign out"), "You are signed out")
+    ann.signs_in()
+    page = ann.invites()
+    yield "Ann leaves it for later, signs out, and signs in again", heading(page, "You have an unfinished invitation")
+
+    page = ann.browser.press(ann.invites("/review"), "Save and go on")
+    page = ann.browser.press(page, "Send 1 mail")
+    yield "Ann has it sent", f"{heading(page, '1 mail has gone out.')} Cid gets {cid.mail('confirm').subject!r}"
+
+    heading(ann.invites("/review", status=404), "There is no invitation any more")
+    page = cid.confirms_by_click()
+    yield "Cid opens the link in it and presses the button", heading(page, f"{cid.address} is now a member")
 
 
 def records(demo: Demo) -> str:

@@ -29,8 +29,9 @@ def outbox(visit: Visit) -> Response:
     visit.require_local()
     draft = {"sender": visit.visitor.address or "ann@example.com", "subject": "Hello", "text": "Hello, I am new here."}
     draft["recipient"] = visit.newsletter.letters.list_address
+    events = visit.events()
     mails = Outbox(visit.settings.outbox).mails(limit=SHOWN)
-    return visit.page("outbox.html", mails=mails, draft=draft, problem=None)
+    return visit.page("outbox.html", events=events, mails=mails, draft=draft, problem=None)
 
 
 @routes.get("/outbox/(?P<key>[^/]+)")

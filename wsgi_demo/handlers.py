@@ -38,14 +38,14 @@ def state_key(module: str, message: Any) -> str:
 def START(message: Any, host: str) -> None:
     """Somebody new writes: ask whether he wants to join."""
     if newsletter.move(message.From, START.__name__, CONFIRMING.__name__):
-        newsletter.ask(message.From)
+        newsletter.ask(message.From, message)
 
 
 @route_like(START)
 @people_only
 def CONFIRMING(message: Any, host: str) -> None:
     """He writes again instead of confirming: perhaps the first confirmation was lost."""
-    newsletter.ask(message.From)
+    newsletter.ask(message.From, message)
 
 
 @route_like(START)

@@ -53,7 +53,9 @@ class Letters:
               * reply to this mail, whatever you write, or
               * open {self.link(f"/confirm/{secret}")}
 
-            Your mail itself went to nobody: only members' mails go out to the list.
+            This is good for three days, or until you get a newer mail like it. The page
+            behind the link shows what we got; it went to nobody, since only members'
+            mails go out to the list.
 
             If it was not you, ignore this mail, and nothing will happen.
             """,
@@ -75,13 +77,13 @@ class Letters:
         )
 
     def expired(self, to: str) -> EmailMessage:
-        """Answers a confirmation whose secret is unknown, used or too old."""
+        """Answers a confirmation whose secret is unknown, used, replaced or too old."""
         return self._automatic(
             to,
             "That confirmation is no longer good",
             f"""\
-            You replied to a confirmation that has been used already or is too old, so
-            it changed nothing.
+            You replied to a confirmation that has been used already, is too old, or was
+            followed by a newer one, so it changed nothing.
 
             To join, write to {self.list_address} and reply to the mail that you get.
             To see where you stand, sign in at {self.link("/")}

@@ -6,17 +6,16 @@ What Lamson calls ``config/boot.py``: settings first, then the handlers, then th
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterable
 from email.message import EmailMessage
 from typing import Any
 
-from salmon import queue
 from salmon.routing import Router
 from salmon.server import SMTPError, SMTPReceiver
 
-from beaker_statestore import router
+from beaker_statestore import router, statistics
+from beaker_statestore.mailqueue import MailQueue
 from wsgi_demo import config
 from wsgi_demo.letters import Letters
 from wsgi_demo.newsletter import Newsletter
@@ -56,8 +55,7 @@ class DeferringRelay(Relay):
 def boot(settings: Settings) -> None:
     """Configure Salmon's router: its states, its handlers, its queue for what went wrong."""
     states = router.install(Router, settings.given, on_outage="defer")
-    os.makedirs(os.path.dirname(settings.undeliverable) or ".", exist_ok=True)
-    Router.UNDELIVERABLE_QUEUE = queue.Queue(settings.undeliverable)
+    Router.UNDELIVERABLE_QUEUE = MailQueue.from_settings(settings.given, settings.undeliverable)
     letters = Letters(settings)
     config.newsletter = Newsletter(settings, states, DeferringRelay(settings.relay, letters.bounces_address))
     config.development = settings.development
@@ -69,6 +67,7 @@ def boot(settings: Settings) -> None:
 def main() -> None:
     """Receive mail until the process is ended. What was not answered with 250 yet, the sender still has."""
     settings = from_command_line(__doc__)
+    statistics.install()
     boot(settings)
     Receiver(settings.smtp.host, settings.smtp.port).start()
     log.info("the mail application listens on %s", settings.smtp)

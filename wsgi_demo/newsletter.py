@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable, Collection, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from email.message import EmailMessage
+from typing import Any
 
+from beaker_statestore.confirmations import Confirmations, ConfirmationStorage
+from beaker_statestore.exceptions import QueueFullError, ValueTooLargeError
+from beaker_statestore.mailqueue import MailQueue, QueuedMail
 from beaker_statestore.router import ERROR, START, RouterStateStorage
 from wsgi_demo.letters import Letters
 from wsgi_demo.onetime import MailBudget, Secrets
 from wsgi_demo.relay import Relay
 from wsgi_demo.settings import Settings
 
-__all__ = ["CONFIRMING", "ERROR", "MEMBER", "NEWS", "START", "Confirmation", "Newsletter"]
+__all__ = ["CONFIRMING", "ERROR", "MEMBER", "NEWS", "START", "Confirmation", "Newsletter", "Question"]
+
+log = logging.getLogger(__name__)
 
 #: The list's state key.
 NEWS = "news"
@@ -29,13 +37,31 @@ MEMBER = "MEMBER"
 MINUTE = 60.0
 DAY = 24 * 60 * MINUTE
 
+#: What a confirmation confirms.
+JOIN = "join"
+#: How long there is to confirm, in seconds.
+TIME_TO_CONFIRM = 3 * DAY
+#: Until then the mail of whoever is asked is kept, if it is no larger (in bytes), and for so many people. Anybody can
+#: send mails in anybody's name, so there is not much room for them.
+LARGEST_KEPT = 64 * 1024
+MOST_KEPT = 1000
+
 
 class Confirmation(enum.Enum):
     """What a confirmation did."""
 
     DONE = "made a member just now"
     ALREADY = "was a member already"
-    EXPIRED = "the secret is unknown, used or too old"
+    EXPIRED = "the secret is unknown, used, replaced or too old"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What somebody is asked who has not confirmed yet."""
+
+    address: str
+    #: The mail for which he is asked; None if there was none, or it could not be kept.
+    mail: QueuedMail | None
 
 
 class Newsletter:
@@ -46,7 +72,12 @@ class Newsletter:
         self.states = states
         self.letters = Letters(settings)
         self._relay = relay
-        self._confirmations = Secrets(settings.given, "join", 3 * DAY)
+        self._storage = ConfirmationStorage.from_settings(settings.given, lifetime=TIME_TO_CONFIRM)
+        self._confirmations = Confirmations(self._storage)
+        self._addressees = Secrets(settings.given, JOIN, TIME_TO_CONFIRM)
+        self._pending = MailQueue.from_settings(
+            settings.given, "pending", limit=MOST_KEPT, largest=LARGEST_KEPT, lifetime=TIME_TO_CONFIRM, event=None
+        )
         self._sign_ins = Secrets(settings.given, "sign-in", 15 * MINUTE)
         self._answers = MailBudget(settings.given, "answers", per_hour=6)
         self._links = MailBudget(settings.given, "sign-in", per_hour=6)
@@ -58,6 +89,11 @@ class Newsletter:
     def states_of(self, address: str) -> dict[str, str]:
         """The states of ``address`` for every handler that knows it, and for this list in any case."""
         return {NEWS: START, **self.states.states_of(address)}
+
+    def states_among(self, addresses: Iterable[str]) -> dict[str, str]:
+        """The states of many on this list, read together; those in START are left out."""
+        found = self.states.documents.read_many(addresses)
+        return {str(address): states[NEWS] for address, states in found.items() if NEWS in states}
 
     def move(self, address: str, before: str | Collection[str], after: str, key: str = NEWS) -> bool:
         """Change the state from ``before``, or any of several, to ``after``; False, and no change, when it was another.
@@ -73,29 +109,48 @@ class Newsletter:
         people = itertools.chain.from_iterable(self.states.pages())
         yield from dict.fromkeys(address for address, states in people if address and states.get(NEWS) == MEMBER)
 
-    def ask(self, address: str) -> None:
-        """Mail a confirmation to ``address``, unless it has got too many of late."""
-        self._mail(
-            self._answers, address, lambda: self.letters.confirmation(address, self._confirmations.make(address))
+    def invite(self, address: str) -> bool:
+        """Ask ``address`` to join, which has not written itself; False if it may not be asked, or not so often."""
+        asks = self.move(address, START, CONFIRMING) or self.state(address) == CONFIRMING
+        return asks and self.ask(address)
+
+    def ask(self, address: str, message: Any = None) -> bool:
+        """Mail a confirmation to ``address``; False if that has got too many of late.
+
+        It replaces an earlier one.
+
+        :param message: the mail (a salmon.mail.MailRequest) because of which we ask. It is kept until he confirms.
+        """
+        return self._mail(
+            self._answers, address, lambda: self.letters.confirmation(address, self._new_secret(address, message))
         )
 
-    def asked(self, secret: str) -> str | None:
-        """Who is asked by the confirmation with this ``secret``; None if it is no longer good."""
-        return self._confirmations.address(secret)
+    def asked(self, secret: str) -> Question | None:
+        """What the confirmation with this ``secret`` asks, and whom; None if it is no longer good."""
+        address = self._addressees.address(secret)
+        claim = None if address is None else self._confirmations.look(JOIN, address, secret)
+        if claim is None:
+            return None
+        return Question(claim.address, None if claim.pending is None else self._pending.read(claim.pending))
 
     def confirm(self, secret: str) -> tuple[Confirmation, str | None]:
         """Make the owner of ``secret`` a member; answers what came of it, and the address if the secret is known.
 
-        Whatever an outage breaks off here can be tried again, and comes to the same end.
+        Whatever an outage breaks off here can be tried again, by the same or another way, and comes to the same end:
+        of several that confirm at once the one wins that changes the state, and the secret is used only after that.
         """
-        address = self._confirmations.address(secret)
-        moved = address is not None and self.move(address, CONFIRMING, MEMBER)
-        self._confirmations.use(secret)
+        address = self._addressees.address(secret)
+        if address is None:
+            return Confirmation.EXPIRED, None
+        claim = self._confirmations.look(JOIN, address, secret)
+        moved = claim is not None and self.move(address, CONFIRMING, MEMBER)
+        if claim is not None:
+            if claim.pending is not None:
+                self._pending.remove(claim.pending)
+            self._confirmations.claim(JOIN, address, secret)
         if moved:
             return Confirmation.DONE, address
-        address = address or self._confirmations.user(secret)
-        member = address is not None and self.state(address) == MEMBER
-        return (Confirmation.ALREADY if member else Confirmation.EXPIRED), address
+        return (Confirmation.ALREADY if self.state(address) == MEMBER else Confirmation.EXPIRED), address
 
     def leave(self, address: str) -> bool:
         """End a membership, or a subscription that was not confirmed; False when there was neither."""
@@ -107,7 +162,7 @@ class Newsletter:
 
     def publish(self, author: str, subject: str, text: str) -> None:
         """Send a post to all members. Its author is among them, and so sees that it went out."""
-        self._relay.deliver(self.letters.post(author, subject, text), self.members())
+        self._deliver(self.letters.post(author, subject, text), self.members())
 
     def answer(self, letter: EmailMessage) -> None:
         """Send a letter that answers a mail, unless its recipient has got too many of late."""
@@ -128,11 +183,36 @@ class Newsletter:
         """
         return self._sign_ins.take(secret, token)
 
-    def _mail(self, budget: MailBudget, address: str, write: Callable[[], EmailMessage]) -> None:
-        if not budget.spend(address):
-            return
+    def _new_secret(self, address: str, message: Any) -> str:
+        """A secret with which ``address`` can confirm, in place of an earlier one."""
+        former = self._storage.find(JOIN, address)
+        secret = self._confirmations.ask(JOIN, address, self._kept(message))
+        self._addressees.note(secret, address)
+        if former is not None and former.pending is not None:
+            self._pending.remove(former.pending)
+        return secret
+
+    def _kept(self, message: Any) -> str | None:
+        """The key under which ``message`` is kept; None if it is not."""
+        if message is None:
+            return None
         try:
-            self._relay.deliver(write())
+            return self._pending.push(message)
+        except (QueueFullError, ValueTooLargeError) as error:
+            log.info("a mail is not kept, and its sender is asked all the same: %s", error)
+            return None
+
+    def _mail(self, budget: MailBudget, address: str, write: Callable[[], EmailMessage]) -> bool:
+        if not budget.spend(address):
+            return False
+        try:
+            self._deliver(write())
         except Exception:
             budget.refund(address)
             raise
+        return True
+
+    def _deliver(self, message: EmailMessage, to: Iterable[str] | None = None) -> None:
+        self._relay.deliver(message, to)
+        if self.states.events is not None:
+            self.states.events.publish("sent")

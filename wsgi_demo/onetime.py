@@ -17,7 +17,7 @@ from beaker_statestore.settings import session_options
 
 __all__ = ["MailBudget", "Secrets"]
 
-#: Whether a secret was used, or by whom: True or a hash.
+#: By whom a secret was used: a hash.
 USED = "used"
 
 
@@ -32,23 +32,18 @@ class Secrets:
     def make(self, address: str) -> str:
         """A new secret for ``address``: 32 hexadecimal digits, which survive mail programs and letter case."""
         secret = secrets.token_hex(16)
-        self._documents[_hash(secret)] = {"address": address, "_expires": time.time() + self._lifetime}
+        self.note(secret, address)
         return secret
+
+    def note(self, secret: str, address: str) -> None:
+        """Know that somebody else has made ``secret`` for ``address``."""
+        self._documents[_hash(secret)] = {"address": address, "_expires": time.time() + self._lifetime}
 
     def address(self, secret: str, by: str | None = None) -> str | None:
         """The address that the secret was mailed to; None if it is unknown, too old, or used by another than ``by``."""
         document = self._documents.read(_hash(secret))
         mine = None if by is None else _hash_of_user(by)
         return None if document is None or document.get(USED, mine) != mine else str(document["address"])
-
-    def user(self, secret: str) -> str | None:
-        """The address to which the secret was mailed and which has used it, not too long ago."""
-        document = self._documents.read(_hash(secret))
-        return str(document["address"]) if document is not None and USED in document else None
-
-    def use(self, secret: str) -> None:
-        """Make it a used one. Doing so twice is harmless, so it fits what can be tried again."""
-        self._documents.modify(_hash(secret), lambda document: document and {**document, USED: True})
 
     def take(self, secret: str, by: str) -> str | None:
         """As `address`, and from now on the secret is good for ``by`` alone, who may take it again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -11,12 +12,13 @@ import jinja2
 from markupsafe import Markup, escape
 from webob import Response
 
-__all__ = ["HEADERS", "render", "stylesheet"]
+__all__ = ["HEADERS", "render", "static"]
 
-#: For every answer. Our pages need no script, no frame and nothing from elsewhere; their addresses may hold secrets.
+#: For every answer. Our pages need no script but a file of ours, no frame and nothing from elsewhere; their addresses
+#: may hold secrets.
 HEADERS: Mapping[str, str] = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+    "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -37,10 +39,11 @@ def render(template: str, status: int = 200, **values: Any) -> Response:
     return Response(text, status=status, content_type="text/html", charset="utf-8")
 
 
-def stylesheet() -> Response:
-    """The one static file; browsers keep it and ask whether it is still good."""
-    content = files("wsgi_demo").joinpath("static/style.css").read_bytes()
-    response = Response(content, content_type="text/css", charset="utf-8", cache_control="no-cache")
+def static(name: str) -> Response:
+    """A file of the directory ``static``; browsers keep it and ask whether it is still good."""
+    content = (files("wsgi_demo") / "static" / name).read_bytes()
+    kind = "text/javascript" if name.endswith(".js") else "text/css"
+    response = Response(content, content_type=kind, charset="utf-8", cache_control="no-cache")
     response.md5_etag()
     response.conditional_response = True
     return response
@@ -55,4 +58,23 @@ def _with_links(text: str, base_url: str) -> Markup:
     )
 
 
+def _time(at: float) -> str:
+    """An epoch time by this machine's clock."""
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
 _templates.filters["with_links"] = _with_links
+_templates.filters["time"] = _time
+
+
+def _last_here(user: Mapping[str, Any]) -> str:
+    """When somebody signed in before this time, as his slate's document ``user`` says."""
+    before = user.get("last_here")
+    return (
+        "here for the first time"
+        if before is None
+        else time.strftime("last here %d %b %Y, %H:%M UTC", time.gmtime(before))
+    )
+
+
+_templates.filters["last_here"] = _last_here

@@ -126,7 +126,6 @@ class Demo:
             "demo.smtp": f"{HOST}:{numbers['mail']}",
             "demo.relay": f"{HOST}:{numbers['outbox']}",
             "demo.outbox": str(directory / "outbox"),
-            "demo.undeliverable": str(directory / "undeliverable"),
         }
         settings = [str(INI), *(word for name, value in options.items() for word in ("--set", f"{name}={value}"))]
         serve = ["serve", "--listen", f"{HOST}:{numbers['store']}", "--db", str(directory / "state.lmdb")]

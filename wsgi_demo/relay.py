@@ -20,6 +20,11 @@ MOST_RECIPIENTS = 100
 class RelayError(Exception):
     """The mail server did not take the mail, or not for everybody; its words are the message."""
 
+    @property
+    def is_final(self) -> bool:
+        """Whether it refused this mail for good (RFC 5321, 4.2.1), so that to try again is of no use."""
+        return str(self).startswith("5")
+
 
 class Relay:
     """The mail server for what we send."""

@@ -91,10 +91,14 @@ Try this:
      The answer appears on the same page: now you are CONFIRMING.
   2. Reply to it, or open the link in it: now you are a MEMBER.
   3. Open {demo.base_url}/ and sign in with the link that comes by mail:
-     the page shows the state that the mail router keeps.
+     the page shows the state that the mail router keeps, and changes by itself when a mail arrives.
   4. Send a mail with the subject "crash": the handler fails, and you are in ERROR.
+     Start again, and have the mail delivered once more: {demo.base_url}/undeliverable
   5. Look at the records: .venv/bin/statestore keys --url {store}
      and at whose they are: .venv/bin/statestore who ann@example.com --url {store} --by address
+  6. As a member, open {demo.base_url}/invite and invite others: leave it half done, sign out and in
+     again, or go on in another browser; it is all there.
+  7. See what the web application has counted: {demo.base_url}/statistics/
 
 Logs are in {demo.directory}. Ctrl-C stops everything."""
 

@@ -85,8 +85,8 @@ class Settings:
     relay: Endpoint = _option(Endpoint.parse, "127.0.0.1:8824")
     #: The Maildir in which the outbox keeps what it takes.
     outbox: str = _option(str, "var/outbox")
-    #: The Maildir for mails that made a handler raise.
-    undeliverable: str = _option(str, "var/undeliverable")
+    #: The queue for mails that made a handler raise, in the store.
+    undeliverable: str = _option(str, "undeliverable")
     #: Show the outbox, and other things that only somebody on this machine may see.
     development: bool = _option(_flag, "false")
     #: All that was given, for those who read ``beaker.session.*``.

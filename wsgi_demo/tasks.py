@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("spyne").setLevel(logging.CRITICAL + 1)
     try:
         settings = Settings.of(options.ini) if options.url is None else Settings.from_options({"url": options.url})
-        queue = Queue.from_settings(settings, f"tasks.{options.protocol}")
+        queue = Queue(settings, f"tasks.{options.protocol}")
         application = make_application(options.protocol)
         if options.command == "worker":
             _work(Consumer(queue, application, options.name, start=options.start, retries=3))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from webob import Response
-from webob.exc import HTTPServiceUnavailable
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from wsgi_demo import pages
+from webob import Response
+from webob.exc import HTTPForbidden, HTTPServiceUnavailable
+
+from wsgi_demo import live, pages
 from wsgi_demo.automatic import is_address
+from wsgi_demo.live import TooManyStreamsError
 from wsgi_demo.newsletter import NEWS, Confirmation
 from wsgi_demo.relay import RelayError
 from wsgi_demo.routes import Routes
 from wsgi_demo.visit import Visit
+from wsgi_demo.visitor import ADDRESS
 
 __all__ = ["routes"]
 
@@ -25,7 +32,8 @@ def home(visit: Visit) -> Response:
     address = visit.visitor.address
     if address is None:
         return visit.page("welcome.html", problem=None, given="")
-    return visit.page("states.html", states=visit.newsletter.states_of(address), news=NEWS)
+    events = visit.events()
+    return visit.page("states.html", events=events, states=visit.newsletter.states_of(address), news=NEWS)
 
 
 @routes.post("/sign-in")
@@ -68,8 +76,8 @@ def sign_in(visit: Visit) -> Response:
 @routes.get(f"/confirm/(?P<secret>{SECRET})")
 def show_confirm(visit: Visit) -> Response:
     """Only a button, for the same reason."""
-    address = visit.newsletter.asked(visit.captures["secret"])
-    return _stale_link(visit) if address is None else visit.page("confirm.html", address=address)
+    question = visit.newsletter.asked(visit.captures["secret"])
+    return _stale_link(visit) if question is None else visit.page("confirm.html", question=question)
 
 
 @routes.post(f"/confirm/(?P<secret>{SECRET})")
@@ -112,10 +120,35 @@ def signed_out(visit: Visit) -> Response:
     return visit.page("signed-out.html")
 
 
-@routes.get("/static/style.css")
-def style(_: Visit) -> Response:
-    """The one static file."""
-    return pages.stylesheet()
+@routes.get("/events")
+def events(visit: Visit) -> Response:
+    """What happens, as it happens, as far as it is this visitor's business; for static/live.js."""
+    address, local = visit.visitor.address, visit.local
+    if visit.live is None or not (address or local):
+        raise HTTPForbidden
+    known = visit.request.headers.get("Last-Event-ID") or visit.request.GET.get("after", "")
+    after = int(known) if re.fullmatch("[0-9]{1,18}", known) else None
+    try:
+        stream = visit.live.stream(after, functools.partial(_public, address, local))
+    except TooManyStreamsError as error:
+        raise HTTPServiceUnavailable from error
+    return Response(app_iter=stream, headers=list(live.HEADERS.items()))
+
+
+def _public(address: str | None, local: bool, event: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What of an event the owner of ``address`` may know."""
+    kind = event.get("event")
+    if kind == "state" and address is not None and event.get("sender") == address:
+        return {"event": kind, "key": event["key"], "state": event["state"]}
+    if kind == "revoked" and address is not None and (event.get("by"), event.get("value")) == (ADDRESS, address):
+        return {"event": kind}
+    return {"event": kind} if local and kind in ("sent", "undeliverable") else None
+
+
+@routes.get(r"/static/(?P<name>style\.css|live\.js)")
+def static(visit: Visit) -> Response:
+    """The few static files."""
+    return pages.static(visit.captures["name"])
 
 
 def _stale_link(visit: Visit) -> Response:

@@ -12,13 +12,20 @@ from webob import Request, Response
 from webob.exc import HTTPBadRequest, HTTPForbidden, HTTPNotFound, HTTPSeeOther
 
 from wsgi_demo import pages
+from wsgi_demo.invitations import MOST_ADDRESSES, Invitations
+from wsgi_demo.live import Live
 from wsgi_demo.newsletter import Newsletter
 from wsgi_demo.settings import Settings, is_loopback
 from wsgi_demo.visitor import Visitor
 
 __all__ = ["Visit"]
 
-MOST_FIELDS = 20
+#: Two for each address of an invitation, and some.
+MOST_FIELDS = 2 * MOST_ADDRESSES + 20
+
+
+#: static/live.js asks with this header.
+LOOK = "X-Live"
 
 
 @dataclass
@@ -28,13 +35,15 @@ class Visit:
     request: Request
     settings: Settings
     newsletter: Newsletter
+    invitations: Invitations
+    live: Live | None
     #: What the address of the page has in it, such as a secret.
     captures: Mapping[str, str]
 
     @cached_property
     def visitor(self) -> Visitor:
         """Who makes the request."""
-        return Visitor(self.request.environ["beaker.session"])
+        return Visitor(self.request.environ)
 
     @property
     def local(self) -> bool:
@@ -74,7 +83,7 @@ class Visit:
         if self.request.content_type != "application/x-www-form-urlencoded":
             return {}
         try:
-            return dict(parse_qsl(self.request.body.decode(errors="replace"), max_num_fields=MOST_FIELDS))
+            return dict(parse_qsl(self.request.body_file.read().decode(errors="replace"), max_num_fields=MOST_FIELDS))
         except ValueError as error:
             raise HTTPBadRequest from error
 
@@ -90,14 +99,30 @@ class Visit:
         """Send the browser on to a page of ours, so that reloading does not repeat what was done."""
         return HTTPSeeOther(location=self.url(path))
 
-    def page(self, template: str, status: int = 200, **values: Any) -> Response:
-        """A page for this visitor."""
+    def events(self) -> str | None:
+        """For `page`: where a script gets what happens from now on; None if this visitor gets nothing.
+
+        Ask before you read what the page shows, so that nothing can change in between and go unnoticed.
+        """
+        if self.live is None or not (self.visitor.address or self.local):
+            return None
+        return self.url(f"/events?after={self.live.latest()}")
+
+    def page(self, template: str, status: int = 200, *, events: str | None = None, **values: Any) -> Response:
+        """A page for this visitor.
+
+        :param events: what `events` answered, if the page is to change by itself. It is then asked for once more by
+            GET at the address that the browser shows.
+        """
+        looks = LOOK in self.request.headers
         return pages.render(
             template,
             status,
             letters=self.newsletter.letters,
             local=self.local,
-            notices=self.visitor.notices(),
+            # They are for the page that the visitor is about to get, not for one that he already has.
+            notices=[] if looks else self.visitor.notices(),
+            events=events,
             settings=self.settings,
             url=self.url,
             visitor=self.visitor,

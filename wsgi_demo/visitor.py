@@ -1,13 +1,21 @@
-"""One visitor, as his session remembers him: who he is, his CSRF token, what to tell him on the next page."""
+"""One visitor, as his session remembers him: who he is, his CSRF token, what to tell him on the next page.
+
+Beside it there is his slate, for what has another life than a session: see `beaker_statestore.slates`.
+"""
 
 from __future__ import annotations
 
 import hmac
 import secrets
+import time
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Visitor"]
+from beaker_statestore.slates import Slate
 
+__all__ = ["ADDRESS", "Visitor"]
+
+#: Under which key a session says whose it is; `beaker.session.index` names it, too.
 ADDRESS = "address"
 TOKEN = "csrf_token"  # noqa: S105 - a name, no secret
 NOTICES = "notices"
@@ -16,14 +24,27 @@ NOTICES = "notices"
 class Visitor:
     """Wraps the session that Beaker has put into the WSGI environment; a visitor without one costs no record."""
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        """:param environ: with what `beaker_statestore.websession` and `beaker_statestore.slatesession` put there."""
+        self._environ = environ
+        self._session = environ["beaker.session"]
+        self._login = environ["slates.login"]
 
     @property
     def address(self) -> str | None:
-        """The mail address that he has proved to be his; None until he has signed in."""
+        """The mail address that he has proved to be his; None until he has signed in.
+
+        Two cookies say who he is, and only what both say counts: so to end one of them is enough to sign him out, and
+        to plant one is not enough to sign him in.
+        """
         address = self._session.get(ADDRESS)
-        return None if address is None else str(address)
+        return None if address is None or address != self._login.user else str(address)
+
+    @property
+    def slate(self) -> Slate | None:
+        """What is kept of him for longer than a session; None until he has signed in."""
+        slate: Slate | None = self._environ["slates.user"]
+        return None if self.address is None else slate
 
     @property
     def token(self) -> str | None:
@@ -49,15 +70,22 @@ class Visitor:
         """Make him the owner of ``address``, under a new session id: somebody may have planted the old one.
 
         Nothing that the old session had is in the new one; and the old one ends only once the new one is stored, so
-        that a request that an outage breaks off can be repeated (`beaker_statestore.websession.StateSession`).
+        that a request that an outage breaks off can be repeated (`beaker_statestore.websession.StateSession`). So the
+        login token comes first.
         """
+        slate = self._login.sign_in(address)
+        with slate.edit("user") as user:
+            user["last_here"] = user.get("here")
+            user["here"] = time.time()
         self._session.clear()
         self._session.regenerate_id()
         self._session[ADDRESS] = address
         self._session.save()
 
     def sign_out(self) -> None:
-        """Forget him; whoever still has the old cookie gets nothing for it."""
+        """Forget him; whoever still has the old cookies gets nothing for them."""
+        # The session last: without its token this could not be asked for again.
+        self._login.sign_out()
         self._session.delete()
 
     def tell(self, notice: str) -> None:
