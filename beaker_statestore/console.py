@@ -207,7 +207,12 @@ def _is_ini(where: str) -> bool:
 
 def configured_states(settings: Settings) -> RouterStateStorage:
     """The mail router's states in the store that the options name."""
-    return RouterStateStorage(url=configured_store(settings), prefix=settings.prefix, store_key=settings.store_key)
+    return RouterStateStorage(
+        url=configured_store(settings),
+        prefix=settings.prefix,
+        store_key=settings.store_key,
+        events=settings.events,
+    )
 
 
 def store_url(text: str) -> str:

@@ -181,7 +181,6 @@ class Consumer(ServerBase):
     def __init__(self, queue: Queue, app: Application, name: str, **options: Any) -> None:
         super().__init__(app)
         self.name = name
-        self._queue = queue
         self._consumer = queue.consumer(name, **options)
         self.extend = self._consumer.extend
         # A plain flag, since it is set by signal handlers: those must not wait for a lock that the interrupted holds.

@@ -253,6 +253,38 @@ def test_what_fails_too_often_becomes_a_dead_letter(queue: Queue, counted: Count
     assert {c.name: c.dead for c in queue.report().consumers} == {"a": 1, "b": 0}
 
 
+def test_what_is_given_up_is_a_dead_letter_at_once_and_what_comes_next_is_delivered(queue: Queue) -> None:
+    consumer = queue.consumer("a", lease=1.0)  # dead letters are looked for when it is renewed
+    queue.push("hopeless")
+    queue.push("good")
+    hopeless, good = (consumer.receive(PATIENCE) for _ in range(2))
+    assert hopeless is not None
+    assert good is not None
+    consumer.give_up(hopeless, "no such method")
+    assert bodies(received(consumer, 1)) == ["good"]
+    (letter,) = queue.dead_letters("a")
+    assert (letter.number, letter.body, letter.error, letter.tries) == (1, "hopeless", "no such method", 1)
+    queue.redeliver("a", 1)
+    again = consumer.receive(PATIENCE)
+    assert again is not None
+    consumer.give_up(again, "still none")
+    (letter,) = queue.dead_letters("a")
+    assert (letter.error, letter.tries) == ("still none", 2)
+
+
+def test_who_has_lost_the_lease_can_give_nothing_up(queue: Queue) -> None:
+    first = queue.consumer("a")
+    queue.push("task")
+    message = first.receive(PATIENCE)
+    assert message is not None
+    first.close()
+    with queue.consumer("a") as second:
+        assert second.receive(PATIENCE) == message
+        with pytest.raises(LeaseLost):
+            first.give_up(message, "hopeless")
+    assert list(queue.dead_letters("a")) == []
+
+
 def test_an_outage_is_not_the_messages_fault(queue: Queue) -> None:
     consumer = queue.consumer("a", retries=0, backoff=0.01)
     queue.push(1)

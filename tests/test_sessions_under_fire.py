@@ -112,5 +112,6 @@ def test_every_acknowledged_change_to_ones_own_key_is_there_at_the_end(tmp_path:
     acknowledged, refused = (sum(end[field] for end in ends) for field in (1, 2))
     print(f"{acknowledged} acknowledged, {refused} refused, {kills} kills")
     assert acknowledged + refused == PROCESSES * operations
-    assert acknowledged > refused > 0
+    assert acknowledged > operations
+    assert refused > 0
     assert kills >= 2
