@@ -487,5 +487,11 @@ class Consumer:
 
 
 def _text(error: object) -> str:
-    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
-    return text[:ERROR_LENGTH]
+    """What an error says, as text that can be stored: its words may come from anybody."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - its author's defect, and no reason to stop a consumer
+        text = "(it cannot be told)"
+    if isinstance(error, BaseException):
+        text = f"{type(error).__name__}: {text}"
+    return text[:ERROR_LENGTH].encode("utf-8", "backslashreplace").decode("utf-8")

@@ -253,6 +253,30 @@ def test_what_fails_too_often_becomes_a_dead_letter(queue: Queue, counted: Count
     assert {c.name: c.dead for c in queue.report().consumers} == {"a": 1, "b": 0}
 
 
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("no such user \ud800"), "ValueError: no such user \\ud800"),
+        (SpeechlessError(), "SpeechlessError: (it cannot be told)"),
+        ("x" * 5000, "x" * 1000),
+    ],
+)
+def test_whatever_an_error_says_the_message_ends_as_a_dead_letter(queue: Queue, error: object, told: str) -> None:
+    consumer = queue.consumer("a", retries=0)
+    queue.push("bad")
+    queue.push("good")
+    message = consumer.receive(PATIENCE)
+    assert message is not None
+    consumer.retry(message, error)
+    assert bodies(received(consumer, 1)) == ["good"]
+    assert [letter.error for letter in queue.dead_letters("a")] == [told]
+
+
 def test_what_is_given_up_is_a_dead_letter_at_once_and_what_comes_next_is_delivered(queue: Queue) -> None:
     consumer = queue.consumer("a", lease=1.0)  # dead letters are looked for when it is renewed
     queue.push("hopeless")
