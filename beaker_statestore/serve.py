@@ -194,7 +194,8 @@ def _mebibytes(name: str, default: int, help_: str, most: int | None = None) -> 
     default=_LIMITS.waiters,
     show_default=True,
     metavar="N",
-    help="How many clients may wait for a record (consumers of a queue do); others look again and again. 0: none.",
+    help="How many clients may wait for a record (consumers of a queue do), at most half of --max-connections; others "
+    "look again and again. 0: none.",
 )
 @click.option(
     "--patience",

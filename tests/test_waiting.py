@@ -64,7 +64,7 @@ from beaker_statestore.tyrant.commands import (
 from beaker_statestore.tyrant.http import HTTPPolicy
 from beaker_statestore.tyrant.mask import CLOSED, OPEN, Mask
 from beaker_statestore.tyrant.server import READ_AHEAD, ServerLimits, ServerOptions
-from beaker_statestore.tyrant.waiting import WaitingRoom
+from beaker_statestore.tyrant.waiting import LONGEST_KEY, WaitingRoom
 from beaker_statestore.tyrant.wire import encode_request
 from tests.serving import LOOPS, PATIENCE, RawClient, ServerThread
 
@@ -343,6 +343,21 @@ def test_one_too_many_is_told_so_at_once_until_another_goes(most: int, caplog: p
         if most:
             eventually(lambda: waiters(server) == 0)
             assert client.ask(wait(b"k")) == [PRESENT]
+
+
+def test_those_who_wait_leave_half_of_the_connections_to_others() -> None:
+    limits = ServerLimits(connections=6, waiters=500)
+    with ServerThread(MemoryStore(), limits=limits) as server, ExitStack() as opened, server.connect() as client:
+        for _ in range(3):
+            opened.enter_context(server.connect()).send(encode_request(wait(b"k")))
+        eventually(lambda: waiters(server) == 3)
+        assert client.ask(wait(b"k"), PUT(b"k", b"v")) == [Reply(TOO_MUCH), OK]
+
+
+def test_a_key_that_is_too_long_to_keep_cannot_be_waited_for() -> None:
+    key = b"k" * (LONGEST_KEY + 1)
+    with ServerThread(MemoryStore()) as server, server.connect() as client:
+        assert client.ask(wait(key), PUT(key[1:], b""), wait(key[1:])) == [Reply(TOO_MUCH), OK, PRESENT]
 
 
 @pytest.mark.parametrize("blocking", [False, True])

@@ -99,8 +99,8 @@ class ServerLimits:
     keys: int = 100_000
     #: Elements that a request may list, as ``mget`` and ``misc`` do: all others wait for as long as it takes.
     items: int = 20_000
-    #: Connections that may wait for a record at a time.
-    waiters: int = 1000
+    #: Connections that may wait for a record at a time; never more than half of all.
+    waiters: int = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,9 @@ class Server:
         self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="statestore-aside")
         self._scanning = asyncio.Semaphore(SCANS)
         self._complain = Complaints(logger)
-        self._waiting_room = WaitingRoom(store, limits.waiters, self.between, self._begin, self._complain)
+        self._waiting_room = WaitingRoom(
+            store, min(limits.waiters, limits.connections // 2), self.between, self._begin, self._complain
+        )
         self._jobs: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.Server] = []
         #: Unix sockets that were made here, and go when nobody listens any more.

@@ -25,6 +25,8 @@ from beaker_statestore.tyrant.verbs import report
 
 __all__ = ["WaitingRoom"]
 
+#: Keys of those who wait are kept for as long as they do, so longer ones, in bytes, cannot be waited for.
+LONGEST_KEY: Final = 64 * 1024
 #: One look goes no further once it has taken so many seconds.
 LOOK_SECONDS: Final = 0.005
 #: Looking may take such a part of the time: after a look there is a pause as long as makes it so. Pauses are saved up
@@ -106,6 +108,8 @@ class WaitingRoom:
         :param who: for `dismiss`; waits for nothing else at the time.
         :param patient: otherwise it only looks.
         """
+        if len(wait.key) > LONGEST_KEY:
+            return Reply(TOO_MUCH)
         if len(self._answers) >= self._most:
             self.refused += 1
             self._complain("a client may not wait: %d do, as many as may (--max-waiters)", len(self._answers))
