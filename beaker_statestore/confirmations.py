@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from email.utils import parseaddr
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -24,11 +24,14 @@ from beaker_statestore import observe
 from beaker_statestore.collection import Collection
 from beaker_statestore.documents import EXPIRES, Document
 from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError
-from beaker_statestore.mailqueue import MailQueue
+from beaker_statestore.mailqueue import MailQueue, check_lifetime
+from beaker_statestore.queuedmail import canonical, is_automatic, taken_apart
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores.base import Store
 
-__all__ = ["LIFETIME", "Claim", "ConfirmationStorage", "Confirmations", "engine"]
+__all__ = ["LIFETIME", "Asked", "Claim", "ConfirmationStorage", "Confirmations", "canonical", "engine"]
+
+log = logging.getLogger(__name__)
 
 #: How long there is to confirm unless told otherwise, in seconds: three days.
 LIFETIME: Final = 3 * 86400.0
@@ -50,7 +53,7 @@ class ConfirmationStorage:
     """Which secret confirms what, with the methods of salmon.confirm.ConfirmationStorage.
 
     There is one confirmation for each target (what is confirmed: ``subscribe``) and address; a later one replaces the
-    former. Both may be any text. Of an address, display name and letter case do not count.
+    former. Both may be any text. Of a text that is one address, only that counts, as `canonical` has it.
 
     :param store: a Store, the URL of one, or `Settings`.
     :param lifetime: how long each is good, in seconds.
@@ -70,6 +73,7 @@ class ConfirmationStorage:
         name: str = "confirmations",
         **options: Any,
     ) -> None:
+        check_lifetime(lifetime)
         self.lifetime = lifetime
         self._documents = Collection(Settings.at(store, **options), "confirm", name)
 
@@ -101,14 +105,25 @@ class ConfirmationStorage:
 
     def store(
         self, target: str, from_address: str | None, expected_secret: str, pending_message_id: str | None
-    ) -> None:
-        """Keep the secret and the pending id until they are deleted, replaced, or `lifetime` is over."""
-        document: Document = {
+    ) -> Stored | None:
+        """Keep the secret and the pending id until they are deleted, replaced, or `lifetime` is over.
+
+        :return: what it has replaced; None: there was none.
+        """
+        new: Document = {
             "secret": expected_secret,
             "pending": pending_message_id,
             EXPIRES: time.time() + self.lifetime,
         }
-        self._documents.put(_key(target, from_address), document)
+        former: Stored | None = None
+
+        def replaced(document: Document | None) -> Document:
+            nonlocal former
+            former = None if document is None else _stored(document)
+            return new
+
+        self._documents.modify(_key(target, from_address), replaced)
+        return former
 
     def use(self, target: str, from_address: str | None, secret: str, user: str) -> Stored | None:
         """The confirmation with this secret, if this ``user`` is the one who uses it: the first, then and ever after.
@@ -140,10 +155,23 @@ class ConfirmationStorage:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What `Confirmations.ask` has begun."""
+
+    #: 32 hexadecimal digits, which survive mail programs and letter case.
+    secret: str = field(repr=False)
+    #: Where to mail it: the one address that was asked for.
+    address: str
+    #: What had been kept for the secret that is no longer good, to be thrown away.
+    replaced: str | None
+
+
+@dataclass(frozen=True)
 class Claim:
     """What a secret stands for."""
 
     target: str
+    #: The one that the secret was mailed to, as `canonical` has it.
     address: str
     #: What was given to `Confirmations.ask` to be kept for it.
     pending: str | None
@@ -158,16 +186,20 @@ class Confirmations:
     def __init__(self, storage: ConfirmationStorage) -> None:
         self.storage = storage
 
-    def ask(self, target: str, address: str, pending: str | None = None) -> str:
-        """A new secret to mail to ``address``: 32 hexadecimal digits, which survive mail programs and letter case.
+    def ask(self, target: str, address: str | None, pending: str | None = None) -> Asked:
+        """A new secret, to be mailed to the ``address`` in the answer, and to nobody else.
 
         Whatever secret there was for the same target and address is no longer good.
 
         :param pending: any text to keep for whoever comes with the secret, such as the key of a mail in a `MailQueue`.
+        :raises ValueError: this is not exactly one address (`canonical`).
         """
+        to = canonical(address)
+        if to is None:
+            raise ValueError(f"{address!r} is not one mail address")
         secret = secrets.token_hex(16)
-        self.storage.store(target, address, _hash(secret), pending)
-        return secret
+        former = self.storage.store(target, to, _hash(secret), pending)
+        return Asked(secret, to, None if former is None else former.pending)
 
     def look(self, target: str, address: str, secret: str, by: str | None = None) -> Claim | None:
         """What `claim` would answer now, without using the secret.
@@ -178,7 +210,7 @@ class Confirmations:
         if stored is None or not hmac.compare_digest(stored.secret.encode(), _hash(secret).encode()):
             return None
         mine = stored.user is None or (by is not None and stored.user == _hash(by))
-        return Claim(target, address, stored.pending) if mine else None
+        return _claim(target, address, stored) if mine else None
 
     def claim(self, target: str, address: str, secret: str, by: str | None = None) -> Claim | None:
         """Use the secret; None: it is wrong, too old, or somebody else has used it. Of several at once, one gets it.
@@ -203,15 +235,22 @@ class Confirmations:
         if stored is None:
             return None
         observe.count("confirmations.cancelled" if user == CANCELLED else "confirmations.claimed")
-        return Claim(target, address, stored.pending)
+        return _claim(target, address, stored)
 
 
 def engine(storage: ConfirmationStorage, pending: MailQueue) -> Any:
     """A salmon.confirm.ConfirmationEngine over ``storage``, whose pending mails are in ``pending``.
 
-    Salmon's own makes a Maildir for them. `send` is Salmon's. ``verify`` and ``cancel`` are as atomic as
-    `Confirmations.claim`, and of secrets only hashes are stored; ``verify`` takes ``by`` as that does. A sender who
-    asks again gets a new secret, and his former mail is removed.
+    Salmon's own makes a Maildir for them. ``verify`` and ``cancel`` are as atomic as `Confirmations.claim`, and of
+    secrets only hashes are stored; ``verify`` takes ``by`` as that does. A sender who asks again gets a new secret, and
+    his former mail is removed.
+
+    ``send`` mails the secret to ``message.From``, which is the address that it confirms. (Salmon's mails it to whomever
+    the From header names: so anybody gets the secret of any address.) What a program has written, such as a bounce,
+    and what has no sender, is not answered; then nothing is stored, and ``send`` answers False.
+
+    ``verify`` answers the mail that waited. What was begun by `Confirmations.ask` has none, and is confirmed by
+    ``claim``, which is that of `Confirmations`.
 
     :raises ConfigurationError: the mails would be gone before the secrets are.
     """
@@ -225,6 +264,7 @@ def engine(storage: ConfirmationStorage, pending: MailQueue) -> Any:
 
 @cache
 def _engine_class() -> Any:
+    from salmon import view
     from salmon.confirm import ConfirmationEngine
 
     class StoreConfirmationEngine(ConfirmationEngine):
@@ -232,13 +272,33 @@ def _engine_class() -> Any:
             self.storage = storage
             self.pending = pending
             self.confirmations = Confirmations(storage)
+            self.claim = self.confirmations.claim
+
+        def send(self, relay: Any, target: str, message: Any, template: str, vars: dict[str, Any]) -> bool:  # noqa: A002
+            address = canonical(message.From)
+            if address is None or is_automatic(taken_apart(message)[0]):
+                log.info("asked nobody to confirm %r: %r has no address, or is a program", target, message.From)
+                return False
+            vars.update(relay=relay, target=target, message=message, template=template, to_confirm=address)
+            vars["confirm_address"] = self.register(target, message)
+            question = view.respond(
+                vars,
+                template,
+                # Each is a template itself, and an address may have percent signs.
+                To="%(to_confirm)s",
+                From="%(confirm_address)s@%(host)s",
+                Subject="Confirmation required",
+            )
+            question["Reply-To"] = question["From"]
+            relay.deliver(question)
+            return True
 
         def register(self, target: str, message: Any) -> str:
-            stored = self.storage.find(target, message.From)
-            secret = self.confirmations.ask(target, message.From, self.push_pending(message))
-            if stored is not None and stored.pending is not None:
-                self.delete_pending(stored.pending)
-            return f"{target}-confirm-{secret}"
+            key = self.push_pending(message)
+            asked = self.confirmations.ask(target, message.From, key)
+            if asked.replaced is not None:
+                self.delete_pending(asked.replaced)
+            return f"{target}-confirm-{asked.secret}"
 
         def verify(self, target: str, from_address: str, expect_secret: str, by: str | None = None) -> Any:
             secret = expect_secret or ""
@@ -264,13 +324,15 @@ def _stored(document: Document) -> Stored:
     return Stored(secret, pending, user)
 
 
-def _key(target: str, address: str | None) -> str:
-    """Salmon's Router makes a sender's address bare and lower case, but for bounces, and others hand over headers.
+def _claim(target: str, address: str, stored: Stored) -> Claim | None:
+    one = canonical(address)
+    return None if one is None else Claim(target, one, stored.pending)
 
-    As no target has a slash in it, different ones stay different.
-    """
-    bare = parseaddr(address or "")[1] or address or ""
-    return f"{target.replace('%', '%25').replace('/', '%2F')}/{bare.lower()}"
+
+def _key(target: str, address: str | None) -> str:
+    """As no target has a slash in it, and no hash an at sign, different ones stay different."""
+    one = canonical(address) or hashlib.sha256((address or "").encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{target.replace('%', '%25').replace('/', '%2F')}/{one}"
 
 
 def _hash(secret: str) -> str:

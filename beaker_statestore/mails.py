@@ -6,13 +6,13 @@ import re
 import sys
 from collections import Counter
 from datetime import datetime, timezone
+from itertools import islice
 from typing import Any, Final
 
 import click
 
 from beaker_statestore.console import Output, Seconds, output_option, store_options
-from beaker_statestore.exceptions import StateStoreError
-from beaker_statestore.mailqueue import MailQueue, QueuedMail, smtp
+from beaker_statestore.mailqueue import LONGEST_ANSWER, MailQueue, QueuedMail, count_by_queue, smtp
 from beaker_statestore.settings import Settings
 
 __all__ = ["queue"]
@@ -36,12 +36,21 @@ def queue() -> None:
 
 
 @queue.command("list")
-@click.argument("name")
+@click.argument("name", required=False)
+@click.option("--limit", type=click.IntRange(min=1), default=1000, show_default=True, help="No more mails than that.")
 @store_options
 @output_option
-def list_mails(settings: Settings, output: Output, name: str) -> None:
-    """Print the mails of the queue NAME, the oldest first."""
-    mails = [_summary(mail) for mail in MailQueue(settings, name).mails()]
+def list_mails(settings: Settings, output: Output, name: str | None, limit: int) -> None:
+    """Print the mails of the queue NAME, the oldest first; without a NAME, how many each queue has.
+
+    Every mail is read for it, one after the other.
+    """
+    if name is None:
+        _print_queues(output, count_by_queue(settings))
+        return
+    mails = [_summary(mail) for mail in islice(MailQueue(settings, name).mails(), limit + 1)]
+    more = len(mails) > limit
+    del mails[limit:]
     if output.as_json:
         for mail in mails:
             output.value(mail)
@@ -52,6 +61,18 @@ def list_mails(settings: Settings, output: Output, name: str) -> None:
         output.table(["key", *columns], rows)
     else:
         output.line(f"there is no mail in {name}")
+    if more:
+        click.echo(f"there are more than these {limit:,}: give --limit", err=True)
+
+
+def _print_queues(output: Output, counts: dict[str, int]) -> None:
+    if output.as_json:
+        for name, count in counts.items():
+            output.value({"queue": name, "mails": count})
+    elif counts:
+        output.table(["queue", "mails"], [[name, str(count)] for name, count in counts.items()])
+    else:
+        output.line("there is no queue of mails")
 
 
 @queue.command()
@@ -73,7 +94,8 @@ def show(settings: Settings, output: Output, name: str, key: str, raw: bool) -> 
     if output.as_json:
         output.value({**_summary(mail), "envelope": sent, "headers": mail.headers(), "text": mail.text()})
         return
-    output.line(f"pushed {_time(mail.at)}, to be sent from <{mail.sender}> to {', '.join(mail.recipients) or 'nobody'}")
+    to = ", ".join(mail.recipients) or "whom --to says"
+    output.line(f"pushed {_time(mail.at)}, to be sent from <{mail.sender}> to {to}")
     output.line("")
     for header, value in mail.headers():
         output.line(f"{header}: {value}")
@@ -92,8 +114,14 @@ def show(settings: Settings, output: Output, name: str, key: str, raw: bool) -> 
     "--smtp", "server", metavar="HOST:PORT", callback=_server, required=True, help="Send them to this server."
 )
 @click.option("--all", "everything", is_flag=True, help="All mails of the queue, the oldest first.")
-@click.option("--to", multiple=True, metavar="ADDRESS", help="Instead of those that they were for.")
-@click.option("--timeout", type=Seconds(min_open=True), default=30.0, show_default=True, help="In seconds.")
+@click.option("--to", multiple=True, metavar="ADDRESS", help="Instead of whom they were for.")
+@click.option(
+    "--timeout",
+    type=Seconds(min_open=True),
+    default=LONGEST_ANSWER,
+    show_default=True,
+    help="For each answer of the server, in seconds; longer than the default is the same as it.",
+)
 @store_options
 @output_option
 def redeliver(
@@ -108,8 +136,9 @@ def redeliver(
 ) -> None:
     """Send mails of the queue NAME once more.
 
-    They keep the sender and the recipient that they had. What the server has taken is removed; the exit status is 1 if
-    there is a mail that it has not.
+    They keep the sender and the recipient of their envelope; without an envelope, --to has to say to whom, since the
+    To header may name anybody. What the server has taken is removed; the exit status is 1 if there is a mail that it
+    has not.
     """
     if everything == bool(keys):
         raise click.UsageError("say which mails: give their keys, or --all")
@@ -120,9 +149,8 @@ def redeliver(
         error = None
         try:
             sent = mails.redeliver(key, deliver, to)
-        except (OSError, ValueError, StateStoreError) as problem:
-            # One mail that nobody takes must not keep the others waiting.
-            sent, error = False, str(problem)
+        except Exception as problem:  # noqa: BLE001 - whatever is wrong with one mail, the others must not wait for it
+            sent, error = False, str(problem) or type(problem).__name__
         failed += not sent and not (everything and error is None)
         if output.as_json:
             output.value({"key": key, "sent": sent, "error": error})

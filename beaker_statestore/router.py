@@ -21,7 +21,13 @@ from typing import Any, Final, Literal, TypeVar
 from beaker_statestore import keys
 from beaker_statestore.documents import RESERVED
 from beaker_statestore.events import Events
-from beaker_statestore.exceptions import ConfigurationError, StateStoreError, StoreUnavailable
+from beaker_statestore.exceptions import (
+    ConfigurationError,
+    QueueFullError,
+    StateStoreError,
+    StoreUnavailable,
+    ValueTooLargeError,
+)
 from beaker_statestore.namespace import DocumentManager
 from beaker_statestore.settings import read_ini, session_options
 
@@ -272,7 +278,12 @@ def _deferring(deliver: Callable[[Any], None], storage: RouterStateStorage) -> C
                 deliver(message)
         except StoreUnavailable as error:
             log.error("deferred a mail to %s by 451: %s", message.To, error)
-            raise SMTPError(451, "4.3.0 The state store is out of reach; try again later") from error
+            full = isinstance(error, QueueFullError) or isinstance(error.__cause__, QueueFullError)
+            what = "4.3.1 Too many mails are waiting here" if full else "4.3.0 The state store is out of reach"
+            raise SMTPError(451, f"{what}; try again later") from error
+        except ValueTooLargeError as error:
+            # Nothing has it, and it will not get smaller: the sender has to know.
+            raise SMTPError(552, f"5.3.4 {error}") from error
 
     return deliver_or_defer
 

@@ -71,6 +71,7 @@ LAYERS = [
             "sessions",
             "namespace",
             "router",
+            "queuedmail",
             "mailqueue",
             "confirmations",
             "webanswers",

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from salmon import confirm, mail, view
 
-from beaker_statestore.confirmations import Claim, Confirmations, ConfirmationStorage, engine
+from beaker_statestore.confirmations import Claim, Confirmations, ConfirmationStorage, canonical, engine
 from beaker_statestore.exceptions import ConfigurationError, DocumentDamagedError, StoreUnavailable
 from beaker_statestore.mailqueue import MailQueue
 from beaker_statestore.stores import open_store
@@ -42,8 +42,10 @@ ODD = [
     "nul\x00 and newline\n",
     "lone \udcff surrogate",
     "_expires",
-    "x" * 2000,
+    "x" * 70_000,
 ]
+#: Of targets, which the application names.
+ODD_TARGETS = ODD[:-1]
 
 
 @pytest.fixture(params=["memory", "tyrant", "lmdb"])
@@ -89,7 +91,7 @@ def received(sender: str = "zed@example.com", subject: str = "subscribe") -> Any
 
 def test_it_does_the_same_as_salmons_storage(storage: ConfirmationStorage) -> None:
     theirs = confirm.ConfirmationStorage({})
-    texts = ["a", "b", "a:b", "b:a"]
+    texts = ["a@b", "b@a", "a:b", "b:a"]
     for number, (target, address, _) in enumerate(itertools.product(texts, texts[:2], range(3))):
         for each in (theirs, storage):
             if number % 4 == 3:
@@ -100,35 +102,32 @@ def test_it_does_the_same_as_salmons_storage(storage: ConfirmationStorage) -> No
             assert storage.get(known, whom) == theirs.get(known, whom)
     storage.clear()
     theirs.clear()
-    assert storage.get("a", "a") == theirs.get("a", "a") == (None, None)
+    assert storage.get("a@b", "a@b") == theirs.get("a@b", "a@b") == (None, None)
 
 
 def test_targets_and_addresses_may_be_any_text(storage: ConfirmationStorage) -> None:
-    for number, (target, address) in enumerate(itertools.product(ODD, ODD)):
+    for number, (target, address) in enumerate(itertools.product(ODD_TARGETS, ODD)):
         storage.store(target, address, f"secret{number}", str(number))
-    for number, (target, address) in enumerate(itertools.product(ODD, ODD)):
+    for number, (target, address) in enumerate(itertools.product(ODD_TARGETS, ODD)):
         assert storage.get(target, address) == (f"secret{number}", str(number))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(st.text(), st.text(), st.text(), st.text())
 def test_different_ones_are_kept_apart(target: str, address: str, other: str, another: str) -> None:
     storage = ConfirmationStorage("memory:", name="apart")
     storage.store(target, address, "ours", None)
     storage.delete(other, another)
-    assert storage.get(target, address)[0] == (None if (target, _bare(address)) == (other, _bare(another)) else "ours")
+    same = (target, canonical(address) or address) == (other, canonical(another) or another)
+    assert storage.get(target, address)[0] == (None if same else "ours")
     storage.delete(target, address)
-
-
-def _bare(address: str) -> str:
-    return (parseaddr(address)[1] or address).lower()
 
 
 @pytest.mark.parametrize(
     ("stored", "looked_up"),
     [
         ("zed@example.com", "Zed <ZED@Example.COM>"),
-        ("josé@exämple.com", "José@EXÄMPLE.com"),
+        ("josé@exämple.com", "José@exäMPLE.com"),
         ("Mailer Daemon <MAILER-DAEMON@mx.Example>", "mailer-daemon@mx.example"),
         (None, ""),
     ],
@@ -142,7 +141,8 @@ def test_what_salmon_registers_and_verifies_meet(storage: ConfirmationStorage, s
 def test_a_later_one_replaces_the_former(storage: ConfirmationStorage) -> None:
     storage.store("subscribe", "zed@example.com", "former", "1")
     assert storage.use("subscribe", "zed@example.com", "former", "somebody") is not None
-    storage.store("subscribe", "zed@example.com", "later", "2")
+    former = storage.store("subscribe", "zed@example.com", "later", "2")
+    assert former == ("former", "1", "somebody")
     assert storage.get("subscribe", "zed@example.com") == ("later", "2")
 
 
@@ -173,11 +173,65 @@ def test_damage_is_told(storage: ConfirmationStorage, options: dict[str, Any]) -
         storage.get("subscribe", "zed@example.com")
 
 
+@pytest.mark.parametrize("lifetime", [0, -1, None, "3600", float("nan")])
+def test_a_lifetime_is_a_length_of_time(lifetime: Any) -> None:
+    with pytest.raises(ConfigurationError, match="lifetime"):
+        ConfirmationStorage("memory:", lifetime)
+
+
+def test_nobody_replaces_himself() -> None:
+    """Or his own mail would be thrown away when the answer of the store was lost."""
+    faulty = FaultyStore(open_store(f"memory:confirm-faults-{next(_numbers)}"))
+    confirmations = Confirmations(ConfirmationStorage(faulty))
+    confirmations.ask("subscribe", "zed@example.com", "former")
+    faulty.fail(2, executed=True)  # the swap
+    assert confirmations.ask("subscribe", "zed@example.com", "later").replaced == "former"
+    assert faulty.has_failed
+
+
 # The small interface for the web
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "victim@example.com,attacker@example.org",
+        "attacker@example.org (\r\nBcc: victim@example.com)",
+        "attacker@example.org\r\nBcc: victim@example.com",
+        "victim@example.com <attacker@example.org>",
+        "(" * 3000,
+        "a" * 70_000 + "@example.com",
+        "",
+        None,
+    ],
+    ids=lambda address: repr(address)[:30],
+)
+def test_what_is_not_one_address_cannot_be_asked_and_confirms_nothing(
+    confirmations: Confirmations, address: Any
+) -> None:
+    with pytest.raises(ValueError, match="not one mail address"):
+        confirmations.ask("subscribe", address)
+    for known in ("attacker@example.org", "victim@example.com"):
+        secret = confirmations.ask("subscribe", known).secret
+        assert confirmations.look("subscribe", address, secret) is None
+        assert confirmations.claim("subscribe", address, secret) is None
+        assert confirmations.cancel("subscribe", address, secret) is None
+
+
+def test_the_address_handed_back_is_the_one_that_was_mailed_to(confirmations: Confirmations) -> None:
+    asked = confirmations.ask("subscribe", "Zed <Zed@Example.com>")
+    assert asked.address == "zed@example.com"
+    claim = confirmations.claim("subscribe", '"Z" <ZED@example.COM>', asked.secret)
+    assert claim is not None
+    assert claim.address == asked.address
+    assert asked.secret not in repr(asked)
+    # The Kelvin sign in lower case is a k; so it would be somebody else's address.
+    kelvin = confirmations.ask("subscribe", "mi\u212ae@example.com")
+    assert confirmations.claim("subscribe", "mike@example.com", kelvin.secret) is None
+
+
 def test_looking_does_not_use_it_and_claiming_does(confirmations: Confirmations) -> None:
-    secret = confirmations.ask("subscribe", "Zed@example.com", "kept")
+    secret = confirmations.ask("subscribe", "Zed@example.com", "kept").secret
     claim = Claim("subscribe", "zed@example.com", "kept")
     for _ in range(2):
         assert confirmations.look("subscribe", "zed@example.com", secret) == claim
@@ -188,7 +242,7 @@ def test_looking_does_not_use_it_and_claiming_does(confirmations: Confirmations)
 
 @pytest.mark.parametrize("wrong", ["", "0" * 32, "é", "\ud800"])
 def test_a_wrong_secret_gets_nothing_and_uses_nothing(confirmations: Confirmations, wrong: str) -> None:
-    secret = confirmations.ask("subscribe", "zed@example.com")
+    secret = confirmations.ask("subscribe", "zed@example.com").secret
     assert confirmations.look("subscribe", "zed@example.com", wrong) is None
     assert confirmations.claim("subscribe", "zed@example.com", wrong) is None
     assert confirmations.claim("leave", "zed@example.com", secret) is None
@@ -197,7 +251,7 @@ def test_a_wrong_secret_gets_nothing_and_uses_nothing(confirmations: Confirmatio
 
 
 def test_only_hashes_are_stored(confirmations: Confirmations, store_text: Any) -> None:
-    secret = confirmations.ask("subscribe", "zed@example.com")
+    secret = confirmations.ask("subscribe", "zed@example.com").secret
     confirmations.claim("subscribe", "zed@example.com", secret, by="a form's value")
     assert "zed@example.com" in store_text()
     assert secret not in store_text()
@@ -218,7 +272,7 @@ def store_text(options: dict[str, Any]) -> Any:
 
 
 def test_who_has_it_gets_it_again_and_nobody_else(confirmations: Confirmations) -> None:
-    secret = confirmations.ask("subscribe", "zed@example.com")
+    secret = confirmations.ask("subscribe", "zed@example.com").secret
     first = confirmations.claim("subscribe", "zed@example.com", secret, by="first")
     assert first == confirmations.claim("subscribe", "zed@example.com", secret, by="first")
     assert first == confirmations.look("subscribe", "zed@example.com", secret, by="first")
@@ -227,7 +281,7 @@ def test_who_has_it_gets_it_again_and_nobody_else(confirmations: Confirmations) 
 
 
 def test_what_was_called_off_cannot_be_claimed(confirmations: Confirmations) -> None:
-    secret = confirmations.ask("subscribe", "zed@example.com", "kept")
+    secret = confirmations.ask("subscribe", "zed@example.com", "kept").secret
     for _ in range(2):
         assert confirmations.cancel("subscribe", "zed@example.com", secret) == Claim(
             "subscribe", "zed@example.com", "kept"
@@ -237,7 +291,7 @@ def test_what_was_called_off_cannot_be_claimed(confirmations: Confirmations) -> 
 
 def test_of_many_clicks_at_once_one_wins(options: dict[str, Any]) -> None:
     for _ in range(5):
-        secret = Confirmations(_storage(options)).ask("subscribe", "zed@example.com")
+        secret = Confirmations(_storage(options)).ask("subscribe", "zed@example.com").secret
         start = threading.Barrier(8)
         won: list[bool] = []
 
@@ -260,7 +314,7 @@ def test_a_click_that_an_outage_meets_can_be_tried_again(executed: bool, for_goo
     faulty = FaultyStore(open_store(f"memory:confirm-faults-{next(_numbers)}"))
     confirmations = Confirmations(ConfirmationStorage(faulty))
     for nth in range(1, 20):
-        secret = confirmations.ask("subscribe", "zed@example.com")
+        secret = confirmations.ask("subscribe", "zed@example.com").secret
         faulty.fail(nth, executed=executed, for_good=for_good)
         try:
             claimed = confirmations.claim("subscribe", "zed@example.com", secret, by="the form") is not None
@@ -280,7 +334,7 @@ def test_a_click_that_an_outage_meets_can_be_tried_again(executed: bool, for_goo
 def test_a_lost_answer_alone_costs_a_click_nothing() -> None:
     faulty = FaultyStore(open_store(f"memory:confirm-faults-{next(_numbers)}"))
     confirmations = Confirmations(ConfirmationStorage(faulty))
-    secret = confirmations.ask("subscribe", "zed@example.com")
+    secret = confirmations.ask("subscribe", "zed@example.com").secret
     faulty.fail(2, executed=True)  # the swap
     assert confirmations.claim("subscribe", "zed@example.com", secret) is not None
     assert faulty.has_failed
@@ -328,6 +382,28 @@ def test_who_asks_again_gets_a_new_secret_and_one_mail_waits(salmons: Any, pendi
     assert salmons.verify("subscribe", "zed@example.com", later)["subject"] == "two"
 
 
+def test_of_many_who_ask_at_once_one_mail_waits(salmons: Any, pending: MailQueue) -> None:
+    start = threading.Barrier(4)
+
+    def ask() -> None:
+        start.wait(20)
+        salmons.register("subscribe", received())
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(pending) == 1
+
+
+def test_what_began_on_the_web_is_confirmed_by_mail_too(salmons: Any) -> None:
+    asked = salmons.confirmations.ask("subscribe", "web@example.com")
+    assert salmons.verify("subscribe", "web@example.com", asked.secret) is None
+    assert salmons.claim("subscribe", "web@example.com", asked.secret, by="<1@x>").address == "web@example.com"
+    assert salmons.claim("subscribe", "web@example.com", asked.secret, by="<2@x>") is None
+
+
 def test_clear(salmons: Any, pending: MailQueue) -> None:
     secret = salmons.register("subscribe", received()).split("-")[-1]
     salmons.clear()
@@ -366,6 +442,39 @@ class Loader:
 
     def render(self, _variables: Any) -> str:
         return "Do you want to subscribe?"
+
+
+@pytest.mark.parametrize("sender", ["victim@example.com", "%s%d%@example.com"])
+def test_the_secret_goes_to_the_address_that_it_confirms(
+    salmons: Any, monkeypatch: pytest.MonkeyPatch, sender: str
+) -> None:
+    """Anybody can write anything into a From header."""
+    monkeypatch.setattr(view, "LOADER", Loader())
+    relay = Relay()
+    forged = mail.MailRequest("p", sender, "news@localhost", b"From: attacker@example.org\n\n")
+    assert salmons.send(relay, "subscribe", forged, "confirm.txt", {"host": "localhost"})
+    (sent,) = relay.sent
+    assert sent["To"] == sender
+    assert "attacker" not in str(sent)
+    secret = sent["Reply-To"].removesuffix("@localhost").split("-")[-1]
+    assert salmons.claim("subscribe", sender, secret).address == sender
+
+
+@pytest.mark.parametrize(
+    ("sender", "headers"),
+    [
+        ("", b"From: Mailer Daemon, victim@example.com"),
+        ("", b"From: mailer-daemon@example.com"),
+        ("", b"Subject: from nobody"),
+        ("zed@example.com", b"From: zed@example.com\nAuto-Submitted: auto-replied"),
+    ],
+)
+def test_programs_are_not_asked(salmons: Any, pending: MailQueue, sender: str, headers: bytes) -> None:
+    relay = Relay()
+    request = mail.MailRequest("p", sender, "news@localhost", headers + b"\n\n")
+    assert not salmons.send(relay, "subscribe", request, "confirm.txt", {"host": "localhost"})
+    assert relay.sent == []
+    assert len(pending) == 0
 
 
 CLICK = string.Template("""

@@ -87,6 +87,40 @@ def test_list(mails: MailQueue, ini: str) -> None:
     assert second["subject"] == "second"
 
 
+def test_list_no_more_than_wanted(mails: MailQueue, ini: str) -> None:
+    keys = [mails.push(MAIL) for _ in range(3)]
+    some = run("list", "undeliverable", "--limit", "2", "--ini", ini)
+    assert [told["key"] for told in lines(some)] == keys[:2]
+    assert "more than these 2" in some.stderr
+    assert run("list", "undeliverable", "--limit", "3", "--ini", ini).stderr == ""
+
+
+def test_list_the_queues(mails: MailQueue, ini: str) -> None:
+    assert "there is no queue" in run("list", "--ini", ini, "--no-json").output
+    mails.push(MAIL)
+    MailQueue.from_settings(ini, "a:b").push(MAIL)
+    assert lines(run("list", "--ini", ini)) == [{"queue": "a:b", "mails": 1}, {"queue": "undeliverable", "mails": 1}]
+    assert "undeliverable" in run("list", "--ini", ini, "--no-json").output
+
+
+@pytest.mark.parametrize("wrong", [AttributeError("a bug in a parser"), RecursionError()])
+def test_whatever_is_wrong_with_one_the_others_are_sent(
+    mails: MailQueue, ini: str, monkeypatch: pytest.MonkeyPatch, wrong: Exception
+) -> None:
+    bad, good = mails.push(request()), mails.push(request())
+
+    def redeliver(_self: MailQueue, key: str, *_rest: Any) -> bool:
+        if key == bad:
+            raise wrong
+        return True
+
+    monkeypatch.setattr(MailQueue, "redeliver", redeliver)
+    result = run("redeliver", "undeliverable", "--all", "--smtp", "127.0.0.1:25", "--ini", ini)
+    told = [json.loads(line) for line in result.stdout.splitlines()[:2]]
+    assert [(each["key"], each["sent"]) for each in told] == [(bad, False), (good, True)]
+    assert told[0]["error"]
+
+
 def test_for_reading_nothing_is_obeyed(mails: MailQueue, ini: str) -> None:
     assert "there is no mail in undeliverable" in run("list", "undeliverable", "--ini", ini, "--no-json").output
     key = mails.push(request())
@@ -127,7 +161,7 @@ def test_a_mail_without_text(mails: MailQueue, ini: str) -> None:
     key = mails.push(b"Content-Type: image/png\n\nx")
     printed = run("show", "undeliverable", key, "--ini", ini, "--no-json").output
     assert "no plain text" in printed
-    assert "to nobody" in printed
+    assert "to whom --to says" in printed
 
 
 def test_redeliver(mails: MailQueue, ini: str, inbox: tuple[Inbox, str]) -> None:
@@ -148,18 +182,19 @@ def test_redeliver(mails: MailQueue, ini: str, inbox: tuple[Inbox, str]) -> None
 
 def test_one_that_nobody_takes_does_not_keep_the_others(mails: MailQueue, ini: str, inbox: tuple[Inbox, str]) -> None:
     handler, server = inbox
-    refused = mails.push(b"From: a@localhost\nTo: no@localhost\n\n")
-    nobodys = mails.push(b"Subject: for nobody\n\n")
+    refused = mails.push(mail.MailRequest("localhost", "a@localhost", "no@localhost", MAIL))
+    nobodys = mails.push(b"From: a@localhost\nTo: " + b"(" * 3000 + b"\n\n")
+    mails._mails.store.put(mails._mails.records.record("0-damaged"), b"garbage")
     good = mails.push(request())
     result = run("redeliver", "undeliverable", "--all", "--smtp", server, "--ini", ini)
     assert result.exit_code == 1
-    told = {each["key"]: each for each in map(json.loads, result.stdout.splitlines()[:3])}
+    told = {each["key"]: each for each in map(json.loads, result.stdout.splitlines()[:4])}
     assert "550" in told[refused]["error"]
     assert "to whom" in told[nobodys]["error"]
     assert told[good]["sent"]
-    assert "2 mails could not be sent" in result.output
+    assert "3 mails could not be sent" in result.output
     assert len(handler.taken) == 1
-    assert mails.keys() == [refused, nobodys]
+    assert mails.keys() == ["0-damaged", refused, nobodys]
 
 
 def test_what_is_gone_was_not_sent(mails: MailQueue, ini: str, inbox: tuple[Inbox, str]) -> None:

@@ -72,8 +72,7 @@ class Newsletter:
         self.states = states
         self.letters = Letters(settings)
         self._relay = relay
-        self._storage = ConfirmationStorage.from_settings(settings.given, lifetime=TIME_TO_CONFIRM)
-        self._confirmations = Confirmations(self._storage)
+        self._confirmations = Confirmations(ConfirmationStorage.from_settings(settings.given, lifetime=TIME_TO_CONFIRM))
         self._addressees = Secrets(settings.given, JOIN, TIME_TO_CONFIRM)
         self._pending = MailQueue.from_settings(
             settings.given, "pending", limit=MOST_KEPT, largest=LARGEST_KEPT, lifetime=TIME_TO_CONFIRM, event=None
@@ -185,12 +184,11 @@ class Newsletter:
 
     def _new_secret(self, address: str, message: Any) -> str:
         """A secret with which ``address`` can confirm, in place of an earlier one."""
-        former = self._storage.find(JOIN, address)
-        secret = self._confirmations.ask(JOIN, address, self._kept(message))
-        self._addressees.note(secret, address)
-        if former is not None and former.pending is not None:
-            self._pending.remove(former.pending)
-        return secret
+        asked = self._confirmations.ask(JOIN, address, self._kept(message))
+        self._addressees.note(asked.secret, address)
+        if asked.replaced is not None:
+            self._pending.remove(asked.replaced)
+        return asked.secret
 
     def _kept(self, message: Any) -> str | None:
         """The key under which ``message`` is kept; None if it is not."""

@@ -48,7 +48,9 @@ def deliver(visit: Visit) -> Response:
     mail = _mail(visit)
     server = visit.settings.smtp
     try:
-        _queue(visit).redeliver(mail.key, smtp(server.host, server.port, TIMEOUT))
+        # A mail that Salmon could not even read has come without its envelope; whatever comes here is for the list.
+        to = mail.recipients or [visit.newsletter.letters.list_address]
+        _queue(visit).redeliver(mail.key, smtp(server.host, server.port, TIMEOUT), to)
     except StoreUnavailable:
         raise
     except (OSError, StateStoreError) as error:
