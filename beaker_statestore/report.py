@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import ipaddress
 import json
 import logging
 import posixpath
@@ -93,15 +94,22 @@ _HEADERS: Final = {
 }
 
 
-def make_app(*, title: str = "Statistics") -> Application:
+def make_app(*, title: str = "Statistics", hosts: Iterable[str] | None = ()) -> Application:
     """A WSGI application that reports the statistics of this process.
 
     ``GET /`` is a page, ``GET /data`` the same as JSON, ``GET /metrics`` what of it is ours as Prometheus reads it
     (with the extra ``metrics``), and ``POST /pause`` and ``POST /resume`` stop and restart the counting of the
     namespace that the form's field ``namespace`` names, by its ``Enabled``.
 
+    A request to another ``Host`` than the application's own is refused: it is how a page of any site, whose name its
+    owner lets stand for this address, would read the report through a browser that can reach it (DNS rebinding).
+
     :param title: of the page.
+    :param hosts: besides ``localhost`` and loopback addresses, the names and addresses, without ports, by which
+        browsers come; None: any. That is safe behind access control by cookies or passwords, which browsers send to no
+        other name, and not behind one by addresses, or none.
     """
+    admitted = None if hosts is None else frozenset(host.lower().strip("[]") for host in hosts)
     pages: dict[str, tuple[str, Callable[[Request], Response]]] = {
         "/": ("GET", lambda _: _page(title)),
         "/data": ("GET", lambda _: _data()),
@@ -111,10 +119,16 @@ def make_app(*, title: str = "Statistics") -> Application:
     }
 
     def respond(request: Request) -> Response:
-        path = request.path_info
-        if not path and request.script_name:
+        try:
+            path, mount = request.path_info, request.script_name
+            host = _host(request)
+        except ValueError as error:
+            return _plain(400, f"The request cannot be read: {error}.")
+        if not (host is None or admitted is None or host in admitted or _is_loopback(host)):
+            return _plain(403, "The report is not at this host; if it is to be, name it in make_app(hosts=...).")
+        if not path and mount and not mount.endswith("/"):
             # So that relative links lead to what is below.
-            return Response(status=308, location=quote(posixpath.basename(request.script_name)) + "/")
+            return Response(status=308, location=quote(posixpath.basename(mount)) + "/")
         if (path or "/") not in pages:
             return _plain(404, "There is no such page.")
         method, page = pages[path or "/"]
@@ -133,6 +147,22 @@ def make_app(*, title: str = "Statistics") -> Application:
         return [] if environ["REQUEST_METHOD"] == "HEAD" else response.app_iter
 
     return app
+
+
+def _host(request: Request) -> str | None:
+    """The host that was asked for; every browser says which.
+
+    :raises ValueError: it is none.
+    """
+    authority = request.headers.get("Host")
+    return None if authority is None else urlsplit(f"//{authority}").hostname or ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _plain(status: int, text: str) -> Response:
@@ -158,9 +188,12 @@ def _data() -> Response:
 
 
 def _switch(request: Request, *, on: bool) -> Response:
-    if _is_cross_site(request):
-        return _plain(403, "Another site's page has sent this.")
-    name = request.POST.get("namespace")
+    try:
+        if _is_cross_site(request):
+            return _plain(403, "Another site's page has sent this.")
+        name = request.POST.get("namespace")
+    except Exception as error:  # noqa: BLE001 - WebOb says by errors of many kinds what is wrong with a form
+        return _plain(400, f"The request cannot be read: {error}.")
     for key, namespace in _root().copy().items():
         if str(key) == name and isinstance(namespace, dict) and "Enabled" in namespace:
             namespace["Enabled"] = on
@@ -337,8 +370,15 @@ def prometheus(accept: str = "") -> tuple[bytes, str]:
         ) from None
     registry = CollectorRegistry()
     registry.register(_Families())
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except Exception:  # noqa: BLE001 - it trips over versions that are none; whatever was meant, all read the default
+        encode, content_type = choose_encoder("")
     return encode(registry), content_type
+
+
+def _utf8(label: str) -> str:
+    return label.encode(errors="backslashreplace").decode()
 
 
 class _Families:
@@ -355,7 +395,8 @@ class _Families:
             name: CounterMetricFamily(f"beaker_statestore_{name}", f"{meaning}.", labels=labels)
             for name, meaning in _COUNTERS.items()
         }
-        for key, totals in own.totals().items():
+        for (server, kind), totals in own.totals().items():
+            key = (_utf8(server), _utf8(kind))
             buckets = [(repr(seconds), float(n)) for seconds, n in totals.cumulative()]
             latency.add_metric(key, [*buckets, ("+Inf", float(totals.count))], totals.seconds)
             for name, counter in counters.items():
@@ -366,7 +407,7 @@ class _Families:
         for name, figure in GAUGES.items():
             gauge = GaugeMetricFamily(f"beaker_statestore_pool_{name}", f"{figure.meaning}.", labels=["server"])
             for server, state in sorted(states.items()):
-                gauge.add_metric([server], state.get(name, 0))
+                gauge.add_metric([_utf8(server)], state.get(name, 0))
             yield gauge
         others = CounterMetricFamily("beaker_statestore_events", "Whatever else has happened.", labels=["event"])
         for name, n in own.events().items():
@@ -374,5 +415,5 @@ class _Families:
                 metric = f"beaker_statestore_{name.replace('.', '_')}"
                 yield CounterMetricFamily(metric, f"{EVENTS[name].meaning}.", value=n)
             else:
-                others.add_metric([name], n)
+                others.add_metric([_utf8(name)], n)
         yield others

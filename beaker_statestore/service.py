@@ -35,17 +35,24 @@ events = logging.getLogger(f"{__name__}.events")
 #: Among the addresses, stands for the sockets that systemd has opened.
 INHERITED: Final = "systemd"
 
-#: The namespace of a server's own statistics, and what is in it of what `observe` is told.
+#: The namespace of a server's own statistics.
 SERVER: Final = "statestore server"
-_EVENTS: Final = {
-    "Connections Refused": "server.connections_refused",
-    "Connections Aborted": "server.connections_aborted",
-    "Requests Forbidden": "server.requests_forbidden",
-    "Requests Malformed": "server.requests_malformed",
-    "Batches Repeated": "server.batches_repeated",
-    "Store Failures": "server.store_failed",
-    "TLS Failures": "server.tls_failed",
-}
+#: What a client's statistics tell of its store. A server's would tell of its sweeps and looks alone, and be taken for
+#: its clients' (which ``Commands`` tells).
+_OF_CLIENTS: Final = frozenset(
+    {
+        "Total Operations",
+        "Operations/Second",
+        "Hits",
+        "Misses",
+        "Hit Ratio",
+        "Errors",
+        "Bytes Sent",
+        "Bytes Received",
+        "Servers",
+    }
+)
+_OF_CLIENTS_KINDS: Final = frozenset({"Hits", "Misses", "Bytes Sent", "Bytes Received"})
 
 #: The part of the time that sweeping may take while it is under way, and how long clients may have to wait for one
 #: step of it, in seconds. A commit alone may take a third of a millisecond, and steps that do little else would last
@@ -129,14 +136,18 @@ class Service:
         """
         others = statistics.extrapolate_statistics(vars(logging).get("statistics", {}))
         ours = others.get(statistics.NAMESPACE, {})
-        events = statistics.own.events()
-        for name, event in statistics.EVENTS.items():
-            # A server knows nothing of sessions, and no news of it is none.
-            if not events[name]:
-                ours.pop(event.name, None)
+        counts = statistics.own.events()
+        of_server = {statistics.EVENTS[name].name: n for name, n in counts.items() if name.startswith("server.")}
+        # A server knows nothing of sessions, and no news of them is none.
+        without = {event.name for name, event in statistics.EVENTS.items() if not counts[name]}
+        for name in without | _OF_CLIENTS | of_server.keys():
+            ours.pop(name, None)
+        for record in ours.get("Operations", {}).values():
+            for name in _OF_CLIENTS_KINDS:
+                record.pop(name, None)
         own = {
             **figures,
-            **{name: events[event] for name, event in _EVENTS.items()},
+            **of_server,
             "Sweeps": self.sweeps.ended,
             "Records Swept": self.sweeps.seen,
             "Expired Records Removed": self.sweeps.removed,

@@ -17,7 +17,7 @@ It must not know which protocol that is, nor any engine.
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import logging
 import sys
 import time
@@ -39,6 +39,7 @@ try:
         TransportContext,
     )
     from spyne.auxproc import process_contexts
+    from spyne.auxproc.sync import SyncAuxProc
     from spyne.protocol.dictdoc import DictDocument
 except ImportError as error:
     raise MissingDriverError(
@@ -84,6 +85,15 @@ class Producer(ClientBase):
 class _Call(RemoteProcedureBase):
     """One method of the remote application; what Spyne calls the URL is the queue."""
 
+    def __init__(self, queue: Queue, app: Application, name: str, out_header: Any = None) -> None:
+        # As its base, but for the kind of context.
+        self.url = queue
+        self.app = app
+        ctx = _CallersContext(self, MethodContext.CLIENT)
+        ctx.method_request_string = name
+        ctx.out_header = out_header
+        self.contexts = ctx.out_protocol.generate_method_contexts(ctx)
+
     def __call__(self, *args: Any, **kwargs: Any) -> int:
         # A copy, for this object may be called again.
         ctx = self.contexts[0].copy()
@@ -115,7 +125,7 @@ class _Call(RemoteProcedureBase):
 
     def _check(self, request: bytes) -> None:
         """Read what was written. Whom should a consumer tell that it cannot? The caller is the one to know."""
-        ctx = MethodContext(self, MethodContext.SERVER)
+        ctx = _CallersContext(self, MethodContext.SERVER)
         try:
             ctx.in_string = [request]
             protocol = self.app.in_protocol
@@ -127,18 +137,32 @@ class _Call(RemoteProcedureBase):
             ctx.close()
 
 
-class _Delivery(TransportContext):
-    """What the listeners and methods of an application find as ``ctx.transport``."""
+class _Transport(TransportContext):
+    """What the listeners and methods of an application find as ``ctx.transport``; all None where a call is made."""
 
-    def __init__(self, parent: _Context, transport: Consumer) -> None:
+    #: The consumer's name.
+    consumer_id: str | None = None
+    #: The message's number in the queue, the same for all consumers.
+    task_id: int | None = None
+    #: 1 is the first time; more: it has failed, or was not acknowledged.
+    attempt: int | None = None
+    #: When the call was made, in epoch seconds.
+    pushed_at: float | None = None
+
+    def __init__(self, parent: MethodContext, transport: _Call | Consumer) -> None:
         super().__init__(parent, transport, TRANSPORT)
-        #: The consumer's name.
+
+
+class _CallersContext(MethodContext):
+    TransportContext = _Transport
+
+
+class _Delivery(_Transport):
+    def __init__(self, parent: _Context, transport: Consumer) -> None:
+        super().__init__(parent, transport)
         self.consumer_id = transport.name
-        #: The message's number in the queue, the same for all consumers.
         self.task_id = parent.message.number
-        #: 1 is the first time; more: it has failed, or was not acknowledged.
         self.attempt = parent.message.attempt
-        #: When the call was made, in epoch seconds.
         self.pushed_at = parent.message.pushed_at
         #: What the method raised, before Spyne made a fault of it.
         self.error: BaseException | None = None
@@ -212,21 +236,27 @@ class Consumer(ServerBase):
         :raises Exception: what went wrong; a `spyne.Fault` with a code of ``Client`` if that is the client's fault.
         """
         ctx = _Context(self, message)
+        contexts: list[MethodContext] = []
         try:
             ctx.in_string = [_request(message.body)]
-            ctx, *auxiliary = self._read(ctx)
+            contexts = self._contexts(ctx)
+            ctx = contexts[0]
             self.get_out_object(ctx)
             if ctx.out_error is not None:
                 _raise(ctx)
             # A method that is a generator does its work only now.
             self.get_out_string(ctx)
             answer = b"".join(ctx.out_string)
-            process_contexts(self, auxiliary, ctx)
+            process_contexts(self, contexts[1:], ctx)
         finally:
             ctx.close()
+            for auxiliary in contexts[1:]:
+                # It closes those that succeed. Others, such as those of threads, may still be at work.
+                if isinstance(auxiliary.descriptor.aux, SyncAuxProc) and not auxiliary.is_closed:
+                    auxiliary.close()
         log.debug("%s did %s, message %d: %r", self.name, ctx.method_name, message.number, answer[:SHOWN])
 
-    def _read(self, ctx: _Context) -> list[MethodContext]:
+    def _contexts(self, ctx: _Context) -> list[MethodContext]:
         """The contexts of the method that is called, and of those that Spyne calls auxiliary."""
         try:
             contexts: list[MethodContext] = self.generate_contexts(ctx)
@@ -248,6 +278,11 @@ class Consumer(ServerBase):
                 self.call(message)
             except Exception as error:  # noqa: BLE001 - whatever it is, the call has not succeeded
                 self._failed(message, error)
+            except BaseException as error:
+                # It ends the worker, and has to count: or the call would end each of its successors as well.
+                with contextlib.suppress(LeaseLost, StoreUnavailable):
+                    self._consumer.retry(message, error)
+                raise
             else:
                 self._consumer.acknowledge(message)
         except (LeaseLost, StoreUnavailable) as error:
@@ -328,6 +363,6 @@ def _request(body: Any) -> bytes:
         case {"base64": str(text)}:
             try:
                 return base64.b64decode(text, validate=True)
-            except binascii.Error as error:
+            except ValueError as error:
                 raise Fault("Client.Unreadable", f"the message is no base64: {error}") from error
     raise Fault("Client.Unreadable", 'the message is no request of Spyne\'s: it has neither "request" nor "base64"')

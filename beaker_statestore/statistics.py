@@ -8,9 +8,10 @@ module, in it a *namespace* for each package, in that numbers by names for peopl
 answer them, or *collections*: dictionaries of *records*, which again hold numbers or functions. Nobody needs anybody
 else's package to take part, and any tool can show it all; ours is `beaker_statestore.report`.
 
-Counting takes no lock and waits for nothing. Each thread adds up in cells of its own, which nobody else writes, and
-the functions in the namespace add up the cells of all threads when somebody asks. What threads that have ended leave
-behind is folded into one more set of cells. After a fork, the child begins anew.
+Neither counting nor reading waits for anything, so both may be done anywhere, in a signal handler too. Each thread
+adds up in cells of its own, which nobody else writes, and the functions in the namespace add up the cells of all
+threads when somebody asks. What threads that have ended leave behind is folded into one more set of cells. After a
+fork, the child begins anew.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count as numbers
+from itertools import islice
 from time import perf_counter_ns
 from typing import Any, Final, NamedTuple
 
@@ -55,8 +57,13 @@ OTHER: Final = "other"
 CONNECT: Final = "connect"
 #: These wait because they are asked to, so they are never slow.
 _PATIENT: Final = frozenset({"wait"})
-#: Deeper than this nobody's statistics go; what refers to itself ends here.
+#: Nobody's statistics go deeper than this, and all together have no more members.
 _DEEPEST: Final = 12
+_MOST: Final = 100_000
+#: What stands in place of the rest.
+_MORE: Final = "..."
+#: What others' code may raise without ending a report. It is not for them to end the process in it.
+_MISTAKES: Final = (Exception, SystemExit)
 
 
 class Event(NamedTuple):
@@ -117,8 +124,8 @@ EVENTS: Final[Mapping[str, Event]] = {
     "mails.pushed": Event("Mails Queued", "mails that were put into a queue"),
     "mails.refused": Event("Mails Refused", "mails that a queue did not take"),
     "mails.redelivered": Event("Mails Redelivered", "mails that were delivered again"),
-    "server.connections_refused": Event("Clients Refused", "connections that the server had no room for"),
-    "server.connections_aborted": Event("Clients Aborted", "connections that the server broke off"),
+    "server.connections_refused": Event("Connections Refused", "connections that the server had no room for"),
+    "server.connections_aborted": Event("Connections Aborted", "connections that the server broke off"),
     "server.requests_forbidden": Event("Requests Forbidden", "requests that the server's mask forbids"),
     "server.requests_malformed": Event("Requests Malformed", "requests that are not the protocol"),
     "server.batches_repeated": Event("Batches Repeated", "batches carried out one by one, as one request failed"),
@@ -214,6 +221,22 @@ class _Entry(NamedTuple):
     operations: _Cells
 
 
+def _cells_of(entries: Iterable[_Entry]) -> dict[tuple[str, str], list[list[int]]]:
+    together: dict[tuple[str, str], list[list[int]]] = {}
+    for entry in entries:
+        for key, cell in entry.operations.copy().items():
+            together.setdefault(key, []).append(cell)
+    return together
+
+
+def _counts_of(entries: Iterable[_Entry]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for entry in entries:
+        for name, n in entry.counts.copy().items():
+            counts[name] = counts.get(name, 0) + n
+    return counts
+
+
 class Statistics(observe.Listener):
     """A listener that adds up, and the namespace that shows it."""
 
@@ -229,16 +252,19 @@ class Statistics(observe.Listener):
         """Begin anew, with nothing counted; no other thread may be counting."""
         self._lock = threading.Lock()
         self._started = time.monotonic()
-        self._entries: list[_Entry] = []
+        #: First what threads that have ended have counted. Others only append; whoever has the lock may replace.
+        self._entries = [_Entry(lambda: self, {}, {})]
         self._fold_at = 32
-        self._past = _Entry(lambda: self, {}, {})
         self._thread = _Thread(self._enter)
         self._numbers = numbers(1)
+        self._servers: dict[str, Any] = {}
+        self._kinds: dict[str, Any] = {}
+        self._slow: dict[int, Any] = {}
         # The same dictionary as before, since others may have it.
         enabled = self.namespace.get("Enabled")
         self.namespace.clear()
         self.namespace.update({"Enabled": enabled, "Start Time": time.time(), **self._scalars()})
-        self.namespace.update({"Operations": {}, "Servers": {}, "Slow Operations": {}})
+        self.namespace.update({"Operations": self._kinds, "Servers": self._servers, "Slow Operations": self._slow})
 
     # -- counting
 
@@ -295,7 +321,7 @@ class Statistics(observe.Listener):
 
     def _open(self, server: str, kind: str) -> list[int]:
         """This thread's cell, made if need be."""
-        servers, kinds = self.namespace["Servers"], self.namespace["Operations"]
+        servers, kinds = self._servers, self._kinds
         if server not in servers and len(servers) >= LIMIT:
             server = OTHER
         if kind not in kinds and len(kinds) >= LIMIT:
@@ -307,79 +333,65 @@ class Statistics(observe.Listener):
         return self._thread.operations.setdefault((server, kind), [0] * _WIDTH)
 
     def _note(self, server: str, kind: str, elapsed: int, failed: bool) -> None:
-        number, kept = next(self._numbers), self.namespace["Slow Operations"]
-        kept[number] = {
+        number = next(self._numbers)
+        self._slow[number] = {
             "When": time.time(),
             "Server": server,
             "Kind": kind,
             "Seconds": round(elapsed / 1e9, 6),
             "Failed": failed,
         }
-        kept.pop(number - SLOW_KEPT, None)
+        self._slow.pop(number - SLOW_KEPT, None)
 
     def _enter(self, entry: _Entry) -> None:
         self._entries.append(entry)
-        # Where threads come and go and nobody asks. Whoever has the lock does so.
-        if len(self._entries) > self._fold_at and self._lock.acquire(blocking=False):
-            try:
-                self._fold()
-                self._fold_at = 32 + 2 * len(self._entries)
-            finally:
-                self._lock.release()
+        # Where threads come and go and nobody asks.
+        if len(self._entries) > self._fold_at:
+            self._fold()
 
     # -- adding up
 
     def _fold(self) -> None:
-        """Fold what ended threads have counted into `_past`, with the lock held."""
-        for entry in self._entries.copy():
-            if entry.life() is None:
-                for name, n in entry.counts.items():
-                    self._past.counts[name] = self._past.counts.get(name, 0) + n
-                for key, cell in entry.operations.items():
-                    past = self._past.operations.get(key)
-                    self._past.operations[key] = cell if past is None else _sum_of([past, cell])
-                self._remove(entry)
-
-    def _remove(self, ended: _Entry) -> None:
-        for place, entry in enumerate(self._entries):
-            if entry is ended:  # not equal to it, which compares all cells
-                del self._entries[place]
-                return
+        """Add up what threads that have ended have counted, unless that is under way."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            known = self._entries.copy()
+            past = known[:1]
+            living: list[_Entry] = []
+            for entry in known[1:]:
+                (past if entry.life() is None else living).append(entry)
+            if len(past) > 1:
+                together = _Entry(known[0].life, _counts_of(past), {k: _sum_of(c) for k, c in _cells_of(past).items()})
+                # In one go, so that whoever reads meanwhile finds each number once. What is behind is new.
+                self._entries[: len(known)] = [together, *living]
+            self._fold_at = 32 + 2 * len(living)
+        finally:
+            self._lock.release()
 
     def _all(self) -> list[_Entry]:
-        """What has been counted, each number in one place only. Called with the lock held, and used so."""
+        """What has been counted, each number in one place only."""
         self._fold()
-        return [self._past, *self._entries]
+        return self._entries.copy()
 
     def total(self, server: str | None = None, kind: str | None = None) -> Totals:
-        """What the operations of ``kind`` on ``server`` have come to; None: of all kinds, on all servers."""
-        with self._lock:
-            return Totals(
-                _sum_of(
-                    cell
-                    for entry in self._all()
-                    for (of_server, of_kind), cell in entry.operations.copy().items()
-                    if server in (None, of_server) and kind in (None, of_kind)
-                )
+        """What the operations of ``kind`` on ``server`` have come to; None: of all but `CONNECT`, on all servers."""
+        return Totals(
+            _sum_of(
+                cell
+                for (of_server, of_kind), cells in _cells_of(self._all()).items()
+                if server in (None, of_server) and (of_kind != CONNECT if kind is None else of_kind == kind)
+                for cell in cells
             )
+        )
 
     def totals(self) -> dict[tuple[str, str], Totals]:
         """The same for each server and kind."""
-        cells: dict[tuple[str, str], list[list[int]]] = {}
-        with self._lock:
-            for entry in self._all():
-                for key, cell in entry.operations.copy().items():
-                    cells.setdefault(key, []).append(cell)
-            return {key: Totals(_sum_of(together)) for key, together in sorted(cells.items())}
+        return {key: Totals(_sum_of(cells)) for key, cells in sorted(_cells_of(self._all()).items())}
 
     def events(self) -> dict[str, int]:
         """How often each event has happened, those of `EVENTS` in any case, by their names in `observe`."""
-        counts = dict.fromkeys(EVENTS, 0)
-        with self._lock:
-            for entry in self._all():
-                for name, n in entry.counts.copy().items():
-                    counts[name] = counts.get(name, 0) + n
-        return counts
+        return {**dict.fromkeys(EVENTS, 0), **_counts_of(self._all())}
 
     def gauges(self) -> dict[str, dict[str, int]]:
         """What can be asked for its present state, added up for each server."""
@@ -393,21 +405,23 @@ class Statistics(observe.Listener):
         return found
 
     def _event(self, name: str, _: Any = None) -> int:
-        with self._lock:
-            return sum(entry.counts.get(name, 0) for entry in self._all())
+        return sum(entry.counts.get(name, 0) for entry in self._all())
 
     # -- the namespace
 
-    def _scalars(self) -> dict[str, Any]:
-        def of(function: Callable[[Totals], float]) -> Callable[[Any], float]:
-            return lambda _: function(self.total())
+    def _of(
+        self, figure: Callable[[Totals], float], server: str | None = None, kind: str | None = None
+    ) -> Callable[[Any], float]:
+        return lambda _: figure(self.total(server, kind))
 
+    def _scalars(self) -> dict[str, Any]:
+        of = self._of
         return {
             "Process ID": os.getpid(),
             "Uptime (Seconds)": lambda _: self._uptime(),
             "Slow Threshold (Seconds)": lambda _: self.slow / 1e9,
-            "Total Operations": lambda _: self._operations(),
-            "Operations/Second": lambda _: round(self._operations() / self._uptime(), 3),
+            "Total Operations": of(lambda total: total.count),
+            "Operations/Second": of(lambda total: round(total.count / self._uptime(), 3)),
             "Hits": of(lambda total: total.hits),
             "Misses": of(lambda total: total.misses),
             "Hit Ratio": of(lambda total: round(total.hits / max(1, total.hits + total.misses), 4)),
@@ -420,15 +434,8 @@ class Statistics(observe.Listener):
     def _uptime(self) -> float:
         return max(0.001, round(time.monotonic() - self._started, 3))
 
-    def _operations(self, server: str | None = None) -> int:
-        connects = self.total(server, CONNECT)
-        # Where there was no connection, there was an operation that failed.
-        return self.total(server).count - connects.count + connects.errors
-
     def _kind(self, kind: str) -> dict[str, Any]:
-        def of(function: Callable[[Totals], float]) -> Callable[[Any], float]:
-            return lambda _: function(self.total(kind=kind))
-
+        of = partial(self._of, kind=kind)
         return {
             "Count": of(lambda total: total.count),
             "Hits": of(lambda total: total.hits),
@@ -443,18 +450,16 @@ class Statistics(observe.Listener):
         }
 
     def _server(self, server: str) -> dict[str, Any]:
-        def of(function: Callable[[Totals], float], kind: str | None = None) -> Callable[[Any], float]:
-            return lambda _: function(self.total(server, kind))
-
+        of = partial(self._of, server=server)
         record: dict[str, Any] = {
-            "Operations": lambda _: self._operations(server),
+            "Operations": of(lambda total: total.count),
             "Errors": of(lambda total: total.errors),
             "Retries": of(lambda total: total.retries),
             "Bytes Sent": of(lambda total: total.sent),
             "Bytes Received": of(lambda total: total.received),
         }
         if server in self.gauges():
-            record["Connections Opened"] = of(lambda total: total.count - total.errors, CONNECT)
+            record["Connections Opened"] = of(lambda total: total.count - total.errors, kind=CONNECT)
             for name, gauge in GAUGES.items():
                 record[gauge.name] = partial(self._gauge, server, name)
         return record
@@ -496,71 +501,109 @@ def snapshot() -> dict[str, Any]:
 def extrapolate_statistics(scope: Mapping[Any, Any]) -> dict[Any, Any]:
     """A deep copy of statistics in which each function has been called with the dictionary that it is in.
 
-    Statistics may change meanwhile. In place of a function that raises there is its error, as text: whoever reports
-    can do nothing about the others' mistakes.
+    Statistics may change meanwhile. In place of what raises there is its error, as text: whoever reports can do nothing
+    about the others' mistakes. ``"..."`` stands for what contains itself, and for what is deeper than `_DEEPEST` or
+    more than `_MOST` members.
 
     :param scope: ``logging.statistics``, or a part of it.
     """
-    return _extrapolate_scope(scope, 0)
+
+    def called(value: Any, scope: Any) -> Any:
+        return value(scope) if callable(value) else value
+
+    return _Copy(called, lambda name: name, (list, tuple)).of_members(scope)
 
 
-def _extrapolate_scope(scope: Mapping[Any, Any], depth: int) -> dict[Any, Any]:
-    return {name: _extrapolate(value, scope, depth + 1) for name, value in _copied(dict, scope).items()}
+def jsonable(value: Any) -> Any:
+    """``value``, or what comes nearest to it that JSON has; no more of it than `extrapolate_statistics` takes."""
+    return _Copy(_jsonable, _text, (list, tuple, set, frozenset)).of(value, None)
 
 
-def _extrapolate(value: Any, scope: Any, depth: int) -> Any:
-    if depth > _DEEPEST:
-        return "..."
-    if isinstance(value, dict):
-        return _extrapolate_scope(value, depth)
-    if isinstance(value, (list, tuple)):
-        return [_extrapolate(member, scope, depth + 1) for member in _copied(list, value)]
-    if callable(value):
+class _Copy:
+    """One deep copy of what others have made, which comes to an end whatever that is."""
+
+    def __init__(self, leaf: Callable[[Any, Any], Any], name: Callable[[Any], Any], lists: tuple[type, ...]) -> None:
+        """
+        :param leaf: makes what is to stand for a value that is no collection, of it and the dictionary that it is in.
+        :param name: makes what is to stand for a key.
+        :param lists: what becomes a list.
+        """
+        self._leaf = leaf
+        self._name = name
+        self._lists = lists
+        self._left = _MOST
+        #: The ids of the collections that contain what is being copied.
+        self._path: list[int] = []
+
+    def of(self, value: Any, scope: Any) -> Any:
         try:
-            return value(scope)
-        except Exception as error:  # noqa: BLE001 - it is somebody else's, and may raise what it likes
+            if isinstance(value, dict):
+                return self._within(value, partial(self.of_members, value))
+            if isinstance(value, self._lists):
+                return self._within(value, partial(self._of_list, value, scope))
+            return self._leaf(value, scope)
+        except _MISTAKES as error:
             return _described(error)
-    return value
+
+    def _within(self, collection: Any, copy: Callable[[], Any]) -> Any:
+        if len(self._path) > _DEEPEST or id(collection) in self._path:
+            return _MORE
+        self._path.append(id(collection))
+        try:
+            return copy()
+        finally:
+            self._path.pop()
+
+    def of_members(self, scope: Mapping[Any, Any]) -> dict[Any, Any]:
+        copy: dict[Any, Any] = {}
+        for name, member in _copied(dict, scope).items():
+            if not self._left:
+                copy[_MORE] = _MORE
+                break
+            self._left -= 1
+            copy[self._name(name)] = self.of(member, scope)
+        return copy
+
+    def _of_list(self, members: Any, scope: Any) -> list[Any]:
+        copy: list[Any] = []
+        for member in _copied(lambda members: list(islice(members, _MOST)), members):
+            if not self._left:
+                copy.append(_MORE)
+                break
+            self._left -= 1
+            copy.append(self.of(member, scope))
+        return copy
 
 
-def _copied(kind: Callable[[Any], Any], value: Any) -> Any:
+def _copied(copy: Callable[[Any], Any], value: Any) -> Any:
     """A shallow copy, of a dictionary in one go; of what iterates in Python, when nobody changes it just then."""
     for _ in range(100):
         try:
-            return kind(value)
+            return copy(value)
         except RuntimeError:
             continue
-    return kind()  # type: ignore[call-arg]
+    return copy(value)
 
 
-def jsonable(value: Any, depth: int = 0) -> Any:
-    """``value``, or what comes nearest to it that JSON has."""
+def _jsonable(value: Any, _scope: Any) -> Any:
     if value is None or (isinstance(value, int) and value.bit_length() < 1024):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return str(value)
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
-    if depth > _DEEPEST:
-        return "..."
-    if isinstance(value, dict):
-        return {_text(name): jsonable(member, depth + 1) for name, member in _copied(dict, value).items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [jsonable(member, depth + 1) for member in _copied(list, value)]
-    return _text(value)
+    return str(value)
 
 
 def _text(value: Any) -> str:
     try:
         return str(value)
-    except Exception as error:  # noqa: BLE001 - as above
+    except _MISTAKES as error:
         return _described(error)
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 - an error that cannot be shown
+    except _MISTAKES:  # it cannot be shown
         return type(error).__name__

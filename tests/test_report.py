@@ -143,10 +143,63 @@ def test_no_other_site_can_pause_anything(own: Statistics, headers: dict[str, st
     assert own.namespace["Enabled"] is (status == 403)
 
 
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PATH_INFO": "/\xff"},
+        {"SCRIPT_NAME": "/\xff"},
+        {"HTTP_HOST": "[::1"},
+        {"PATH_INFO": "/pause", "HTTP_ORIGIN": "http://["},
+        {"PATH_INFO": "/pause", "CONTENT_TYPE": "multipart/form-data"},
+        {"PATH_INFO": "/pause", "CONTENT_TYPE": "application/x-www-form-urlencoded; charset=nonsense"},
+    ],
+)
+def test_a_request_that_cannot_be_read_is_told_so(own: Statistics, environ: dict[str, str]) -> None:
+    request = Request.blank("/", method="POST", body=b"namespace=beaker_statestore")
+    request.environ.update({"CONTENT_TYPE": "application/x-www-form-urlencoded", **environ})
+    assert request.get_response(make_app()).status_int == 400
+    assert own.namespace["Enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "status"),
+    [
+        ("localhost", (), 200),
+        ("LOCALHOST:8081", (), 200),
+        ("127.0.0.1:8081", (), 200),
+        ("[::1]:8081", (), 200),
+        ("shop.example", ["Shop.example"], 200),
+        ("shop.example:8443", ["shop.example"], 200),
+        ("[2001:db8::1]", ["2001:db8::1"], 200),
+        ("127.0.0.1", ["shop.example"], 200),
+        ("any.example", None, 200),
+        ("evil.example", (), 403),
+        ("evil.example:8081", ["shop.example"], 403),
+        ("localhost.evil.example", (), 403),
+        ("localhost@evil.example", (), 403),
+        ("", (), 403),
+    ],
+)
+def test_a_name_that_is_not_the_applications_own_is_refused(
+    own: Statistics, host: str, hosts: list[str] | None, status: int
+) -> None:
+    web = TestApp(make_app(hosts=hosts), extra_environ={"HTTP_HOST": host, "REMOTE_ADDR": "127.0.0.1"})
+    web.get("/data", status=status)
+    web.post("/pause", {"namespace": "beaker_statestore"}, status=status if status == 403 else 303)
+
+
+def test_what_says_no_host_is_no_browser(own: Statistics) -> None:
+    request = Request.blank("/data")
+    del request.environ["HTTP_HOST"]
+    assert request.get_response(make_app()).status_int == 200
+
+
 def test_it_can_be_mounted_anywhere(own: Statistics) -> None:
     request = Request.blank("/", environ={"SCRIPT_NAME": "/admin/the statistics", "PATH_INFO": ""})
     answer = request.get_response(make_app())
     assert (answer.status_int, answer.headers["Location"]) == (308, "the%20statistics/")
+    request = Request.blank("/", environ={"SCRIPT_NAME": "/statistics/", "PATH_INFO": ""})
+    assert request.get_response(make_app()).status_int == 200
     html = TestApp(make_app()).get("/").text
     assert 'href="/' not in html
     assert 'action="/' not in html
@@ -190,6 +243,19 @@ def test_prometheus_reads_all_that_is_ours(web: TestApp, accept: str, parse: Cal
     buckets = [v for (name, *labels), v in samples.items() if name.endswith("_bucket") and kind in labels]
     assert buckets == sorted(buckets)
     assert buckets[0] < buckets[5] < 30
+
+
+def test_names_that_are_no_text_come_to_prometheus_all_the_same(web: TestApp, own: Statistics) -> None:
+    own.operation("/srv/\udcff.lmdb", "\ud800", own.clock())
+    observe.count("\udfff")
+    text = web.get("/metrics").body.decode()
+    labels = [sample.labels for family in text_string_to_metric_families(text) for sample in family.samples]
+    assert {"server": "/srv/\\udcff.lmdb", "kind": "\\ud800"} in labels
+    assert {"event": "\\udfff"} in labels
+
+
+def test_whatever_prometheus_says_that_it_prefers_it_is_answered(web: TestApp) -> None:
+    web.get("/metrics", headers={"Accept": "application/openmetrics-text;version=x"}, status=200)
 
 
 def test_without_prometheus_client_there_is_the_line_to_type(web: TestApp, monkeypatch: pytest.MonkeyPatch) -> None:

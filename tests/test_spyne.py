@@ -19,6 +19,7 @@ if sys.version_info >= (3, 12):
     pytest.skip("Spyne 2.14 does not run on Python 3.12 and later", allow_module_level=True)
 
 from spyne import Application, ComplexModel, Fault, Integer, Iterable, MethodContext, Service, Unicode, rpc
+from spyne.auxproc.sync import SyncAuxProc
 from spyne.error import ResourceNotFoundError, ValidationError
 from spyne.protocol.json import JsonDocument
 from spyne.protocol.soap import Soap11
@@ -220,6 +221,26 @@ def test_a_consumer_begins_with_what_comes_after_it(queue: Queue) -> None:
     assert did == ["after"]
 
 
+def test_listeners_are_told_of_what_is_only_called_too(queue: Queue) -> None:
+    told: list[tuple[str, object]] = []
+    app = application()
+
+    def listen(event: str) -> None:
+        def listener(ctx: MethodContext) -> None:
+            delivery = ctx.transport
+            who = {delivery.consumer_id, delivery.task_id, delivery.attempt, delivery.pushed_at}
+            told.append((event, who))
+
+        app.event_manager.add_listener(event, listener)
+
+    events = "method_context_created", "method_return_string", "method_context_closed"
+    for event in events:
+        listen(event)
+    assert Producer(queue, app).service.note("Ann") == 1
+    assert {event for event, _ in told} == set(events)
+    assert all(who == {None} for _, who in told)
+
+
 def test_stop_lets_the_present_call_end(queue: Queue) -> None:
     did: list[str] = []
 
@@ -257,6 +278,69 @@ def test_a_call_that_fails_is_tried_again_and_then_dead_and_the_next_ones_are_se
     (letter,) = dead(queue)
     assert (letter.number, letter.tries, letter.error) == (2, 3, "LookupError: no such customer")
     assert letter.body == {"request": '{"note": {"text": "bad"}}'}
+
+
+def test_a_call_that_ends_its_workers_is_dead_in_the_end(queue: Queue) -> None:
+    did: list[tuple[str, int]] = []
+
+    def does(ctx: MethodContext, text: str) -> None:
+        did.append((text, ctx.transport.attempt))
+        if text == "bad":
+            sys.exit("no such customer")
+
+    service = Producer(queue, application()).service
+    service.note("bad")
+    service.note("good")
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            consumer(queue, application(does), retries=2).serve_forever()
+    with serving(consumer(queue, application(does), retries=2)):
+        wait_for(lambda: done(queue))
+    assert did == [("bad", 1), ("bad", 2), ("bad", 3), ("good", 1)]
+    assert [(letter.tries, letter.error) for letter in dead(queue)] == [(3, "SystemExit: no such customer")]
+
+
+def test_a_worker_that_a_call_ends_while_the_store_is_away_ends(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    def does(ctx: MethodContext, text: str) -> None:
+        raise SystemExit(3)
+
+    def away(*_: object) -> None:
+        raise StoreUnavailable("out of reach")
+
+    Producer(queue, application()).service.note("bad")
+    one = consumer(queue, application(does))
+    monkeypatch.setattr(one._consumer, "retry", away)
+    with pytest.raises(SystemExit):
+        one.serve_forever()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_context_is_closed_once(queue: Queue, fails: bool) -> None:
+    closed: list[str] = []
+
+    class Beside(Service):
+        __aux__ = SyncAuxProc()
+
+        @rpc(Unicode, Integer, _returns=Unicode)
+        def note(ctx: MethodContext, text: str, times: int | None) -> str:  # noqa: N805 - Spyne's way
+            if fails:
+                raise LookupError(text)
+            return text
+
+    reads, writes = json_protocols()
+    app = Application([Work, Beside], "urn:test:work", in_protocol=reads, out_protocol=writes)
+
+    def tell(ctx: MethodContext) -> None:
+        ctx.udc = lambda ctx, text: None
+
+    app.event_manager.add_listener("method_call", tell)
+    Producer(queue, app).service.note("Ann")
+    app.event_manager.add_listener(
+        "method_context_closed", lambda ctx: closed.append("main" if ctx.descriptor.aux is None else "beside")
+    )
+    with serving(consumer(queue, app)):
+        wait_for(lambda: done(queue))
+    assert sorted(closed) == ["beside", "main"]
 
 
 def test_a_call_that_fails_once_succeeds_later(queue: Queue) -> None:
@@ -305,6 +389,7 @@ DEEP = "[" * 100_000
         ({"request": DEEP}, "Client.Unreadable: RecursionError"),
         ({"base64": "gIA="}, "Client.Unreadable: UnicodeDecodeError"),
         ({"base64": "???"}, "Client.Unreadable"),
+        ({"base64": "é"}, "Client.Unreadable"),
         ({"request": 5}, "Client.Unreadable"),
         (["note"], "Client.Unreadable"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import itertools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from beaker.session import Session
 
 import beaker_statestore
 from beaker_statestore import observe, statistics
-from beaker_statestore.exceptions import StoreUnavailable
+from beaker_statestore.exceptions import StateStoreError, StoreUnavailable
 from beaker_statestore.statistics import EVENTS, Statistics, extrapolate_statistics, jsonable
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
@@ -215,6 +216,34 @@ def test_slow_operations_are_listed_the_last_ones_and_without_what_they_were_abo
     assert set(slow[120]) == {"When", "Server", "Kind", "Seconds", "Failed"}
 
 
+@pytest.mark.parametrize("name", ["Slow Operations", "Servers", "Operations", "Enabled"])
+def test_whatever_others_remove_counting_never_raises(own: Statistics, name: str) -> None:
+    del own.namespace[name]
+    own.operation("here", "get", own.clock() - 10**9)
+    observe.count("session.saved")
+    assert own.total().count == (name != "Enabled")
+    own.begin()
+    assert name in own.namespace
+
+
+def test_it_can_be_read_while_it_is_being_folded(own: Statistics) -> None:
+    in_threads(lambda _: observe.count("session.saved"), 20)
+    gc.collect()
+    read: list[int] = []
+
+    def again() -> object:
+        # As a signal handler would, in the middle of it.
+        read.append(statistics.snapshot()["Sessions Saved"])
+        return None
+
+    with own._lock:
+        for entry in own._entries[1:]:
+            own._entries[own._entries.index(entry)] = entry._replace(life=again)
+    assert statistics.snapshot()["Sessions Saved"] == 20
+    assert set(read) == {20}
+    assert own.events()["session.saved"] == 20
+
+
 def test_servers_and_kinds_without_end_take_no_memory_without_end(own: Statistics) -> None:
     for n in range(1000):
         own.operation(f"server {n}", f"kind {n}", own.clock())
@@ -251,7 +280,7 @@ def test_a_store_tells_what_is_done_with_it(own: Statistics, options: dict[str, 
     store.put(key, b"value")
     assert store.get(key) == b"value"
     assert store.get(key + b"2") is None
-    assert store.get_many([key, key + b"2", key + b"3"]) == {key: b"value"}
+    assert store.get_many([key, key + b"2", key + b"3", key, key + b"2"]) == {key: b"value"}
     assert store.compare_and_swap(key, b"value", b"other")
     assert not store.add(key, b"value")
     assert store.delete(key)
@@ -304,12 +333,19 @@ def test_a_servers_pool_is_seen(own: Statistics, tyrant_server: ServerProcess) -
 
 def test_failures_are_counted_where_they_happen(own: Statistics) -> None:
     nobody = f"127.0.0.1:{free_port()}"
-    with open_store(nobody) as store, pytest.raises(StoreUnavailable):
-        store.get(b"a")
+    with open_store(nobody) as store:
+        with pytest.raises(StoreUnavailable):
+            store.get(b"a")
+        store.close()
+        with pytest.raises(StateStoreError):
+            store.put(b"a", b"")
+        with pytest.raises(StateStoreError):
+            store.compare_and_swap(b"a", None, b"")
     figures = shown(own)
-    assert figures["Operations"]["connect"]["Errors"] == 1
-    assert figures["Servers"][nobody]["Errors"] == 1
-    assert figures["Servers"][nobody]["Operations"] == 1
+    kinds = {kind: (record["Count"], record["Errors"]) for kind, record in figures["Operations"].items()}
+    assert kinds == dict.fromkeys(("connect", "get", "put", "compare_and_swap"), (1, 1))
+    assert figures["Servers"][nobody]["Errors"] == figures["Servers"][nobody]["Operations"] == 3
+    assert figures["Total Operations"] == figures["Errors"] == 3
     assert figures["Servers"][nobody]["Connections Opened"] == 0
 
 
@@ -383,6 +419,62 @@ def test_extrapolation_takes_what_cpstats_does_not() -> None:
     assert figures["Bad"] == "KeyError: 'none'"
     assert figures["Worse"].startswith("TypeError: ")
     assert "..." in json.dumps(figures)
+
+
+def test_extrapolation_ends_whatever_refers_to_what() -> None:
+    knot: dict[Any, Any] = {}
+    knot.update(dict.fromkeys(range(4), knot))
+    assert jsonable(extrapolate_statistics({"knot": knot})) == {"knot": {str(n): "..." for n in range(4)}}
+    assert jsonable({"knot": knot}) == {"knot": {str(n): "..." for n in range(4)}}
+    # Nothing here contains itself, and still it is 10 ** 10 members.
+    bush: Any = 1
+    for _ in range(10):
+        bush = dict.fromkeys(range(10), bush)
+    for copy in (extrapolate_statistics(bush), jsonable(bush)):
+        assert len(json.dumps(copy)) < 10_000_000
+        assert copy["..."] == "..."
+    shared = {"N": 1}
+    assert extrapolate_statistics({"a": shared, "b": [shared]}) == {"a": shared, "b": [shared]}
+
+
+class RudeError(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(1)
+
+
+class Rude:
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        raise RudeError
+
+
+class RudeList(list[Any]):
+    def __iter__(self) -> Any:
+        raise RudeError
+
+
+class RudeDict(dict[Any, Any]):
+    def keys(self) -> Any:
+        raise RudeError
+
+    __iter__ = keys
+
+
+class EndlessList(list[Any]):
+    def __iter__(self) -> Any:
+        return itertools.count()
+
+
+def test_no_value_is_rude_enough_to_end_the_report() -> None:
+    def leave(_scope: Any) -> None:
+        raise SystemExit(3)
+
+    rude = {"a": Rude(), "b": RudeList(), "c": RudeDict({1: 1}), "d": leave, "e": EndlessList(), "f": 1}
+    for figures in (jsonable(extrapolate_statistics({"Rude": rude, "After": 2})), jsonable({"Rude": rude, "After": 2})):
+        json.dumps(figures)
+        assert figures["Rude"]["a"] == figures["Rude"]["b"] == figures["Rude"]["c"] == "RudeError"
+        assert figures["Rude"]["e"][-1] == "..."
+    assert extrapolate_statistics({"d": leave}) == {"d": "SystemExit: 3"}
 
 
 def test_extrapolation_stands_others_who_change_what_it_reads() -> None:

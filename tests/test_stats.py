@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
 import pty
@@ -19,8 +21,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
-from beaker_statestore import extensions, stats
+from beaker_statestore import extensions, observe, stats
 from beaker_statestore.cli import main
 from beaker_statestore.exceptions import ConfigurationError
 from beaker_statestore.stores import open_store
@@ -45,12 +48,13 @@ from beaker_statestore.tyrant.commands import (
     Reply,
 )
 from beaker_statestore.tyrant.mask import CLOSED, OPEN, Mask
-from beaker_statestore.tyrant.server import ServerLimits, ServerOptions
+from beaker_statestore.tyrant.server import SCANS, ServerLimits, ServerOptions
 from beaker_statestore.tyrant.wire import encode_request
 from tests.serving import PATIENCE, ServerThread
 
 ASK = EXT(STATISTICS, b"", b"", 0)
 SERVER = "statestore server"
+ALTERNATE_SCREEN = "\x1b[?1049h"
 
 
 def as_json(figures: Mapping[str, Any]) -> bytes:
@@ -157,6 +161,45 @@ def test_no_function_of_the_operators_has_a_name_of_ours(name: str, tmp_path: Pa
         extensions.load(str(module))
 
 
+def test_who_asks_for_statistics_waits_for_no_scan() -> None:
+    with ServerThread(MemoryStore(), options=TELLING) as server, server.connect() as client:
+        scanning = server._server._scanning
+        for _ in range(SCANS):
+            asyncio.run_coroutine_threadsafe(scanning.acquire(), server._server._loop).result(PATIENCE)
+        assert client.ask(ASK)[0].status == SUCCESS
+
+
+class FullStore(MemoryStore):
+    full = False
+
+    def apply(self, operations: Sequence[Any]) -> list[Any]:
+        if self.full:
+            raise OSError("the disk is full")
+        return super().apply(operations)
+
+
+def test_a_batch_with_a_request_that_failed_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    class Listener(observe.Listener):
+        def clock(self) -> int:
+            return 1
+
+        def operation(self, server: str, kind: str, began: int, *rest: int, failed: bool = False) -> None:
+            if kind == "batch":
+                told.append(failed)
+
+    monkeypatch.setattr(observe, "listener", Listener())
+    store = FullStore()
+    with ServerThread(store) as server, server.connect() as client:
+        assert client.ask(PUT(b"k", b"v")) == [Reply(SUCCESS)]
+        store.full = True
+        assert client.ask(PUT(b"k", b"v")) == [Reply(STORE_FAILED)]
+        store.full = False
+        assert client.ask(PUT(b"k", b"v")) == [Reply(SUCCESS)]
+    assert told == [False, True, False]
+
+
 # -- of a process
 
 
@@ -201,6 +244,9 @@ def test_in_a_pipe_it_is_one_line_of_json(used: str) -> None:
     assert batch["Count"] == server["Batches"]
     assert 0 < batch["p50 (ms)"] <= batch["p99 (ms)"] <= batch["Max (ms)"]
     assert not [name for name in ours if "Session" in name]
+    # Nor what its sweeps and looks found, which would be taken for what clients find; and one name for one thing.
+    told = {"Total Operations", "Hits", "Hit Ratio", "Errors", "Servers", "Connections Refused"}
+    assert not told & (ours.keys() | batch.keys() - {"Errors"})
 
 
 def test_what_goes_wrong_is_counted(server: ServerProcess) -> None:
@@ -219,12 +265,13 @@ def test_what_goes_wrong_is_counted(server: ServerProcess) -> None:
 def test_for_people_there_is_a_heading_for_each_namespace_and_a_table_for_each_collection(used: str) -> None:
     output = run(used, "--no-json").output
     lines = output.splitlines()
-    assert SERVER in lines
-    assert "beaker_statestore" in lines
-    assert lines.index(SERVER) < lines.index("beaker_statestore")
+    first, second = (n for n, line in enumerate(lines) if line and not line.startswith(" "))
+    assert lines[first].startswith(f"{SERVER}  Version: ")
+    assert lines[second].startswith("beaker_statestore")
     assert [line for line in lines if line.split()[:3] == ["put", "50", "0"]]
     assert "  Commands" in [line.rstrip() for line in lines]
-    assert any(line.split()[:2] == ["Records", "50"] for line in lines)
+    assert any("50  Records" in line for line in lines)
+    assert "Store Failures" not in output, "what is 0 is left out"
     assert "(Seconds)" not in output
 
 
@@ -243,7 +290,7 @@ def test_a_server_that_keeps_none_is_refused_with_the_remedy() -> None:
     assert "start one of this version" in result.output
 
 
-@pytest.mark.parametrize("text", [b"no json", b"[1]", b'{"a": 1}', b"\xff"])
+@pytest.mark.parametrize("text", [b"no json", b"[1]", b'{"a": 1}', b"\xff", b"[" * 100_000, b"1" * 5000])
 def test_an_answer_that_is_none_is_an_error(text: bytes) -> None:
     options = ServerOptions(tcp_mask=OPEN, report=lambda _figures: text)
     with ServerThread(MemoryStore(), options=options) as server:
@@ -272,7 +319,7 @@ def test_nothing_of_it_is_obeyed_by_a_terminal() -> None:
 
 
 def test_rates_are_of_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 102.0])
+    now = iter([100.0, 102.0, 104.0])
     monkeypatch.setattr("beaker_statestore.stats.time.monotonic", lambda: next(now))
     first = stats._Look({"n": {"Requests": 10, "Connections": 1, "C": {"get": {"Hits": 5}}, "x": "y"}}, None)
     assert first.rate("n", "Requests") == ""
@@ -281,6 +328,9 @@ def test_rates_are_of_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
         first,
     )
     assert second.rate("n", "Requests") == " +500/s"
+    huge = stats._Look({"n": {"Requests": 2**1024 - 1}}, None)
+    huge._before, huge._seconds = {"n": {"Requests": 0}}, 2.0
+    assert huge.rate("n", "Requests") == ""
     assert second.rate("n", "C", "get", "Hits") == " +0.5/s"
     assert second.rate("n", "C", "new", "Hits") == second.rate("n", "Connections") == second.rate("n", "x") == ""
 
@@ -288,10 +338,19 @@ def test_rates_are_of_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("title", "value", "shown"),
     [
-        ("Requests", 1234567, "1,234,567"),
+        ("Requests", 99999, "99,999"),
+        ("Requests", 1234567, "1.23M"),
+        ("Requests", 10**300, "1e+288T"),
+        ("Last Sweep", 2**1024 - 1, str(2**1024 - 1)),
+        ("Last Sweep", 1e300, "1e+300"),
+        ("Last Sweep", float("nan"), "nan"),
+        ("Uptime (Seconds)", float("nan"), "nan"),
+        ("Uptime (Seconds)", 1e300, "1e+300 s"),
+        ("Bytes Sent", float("inf"), "inf TiB"),
+        ("Bytes Sent", 1000, "0.977 KiB"),
         ("p50 (ms)", 0.03894, "0.0389"),
         ("Bytes Sent", 1536, "1.5 KiB"),
-        ("Size of Store (Bytes)", 3 * 1024**5, "3,072.0 TiB"),
+        ("Size of Store (Bytes)", 3 * 1024**5, "3.07e+03 TiB"),
         ("Uptime (Seconds)", 12.345, "12.3 s"),
         ("Uptime (Seconds)", 61.0, "1 min 1 s"),
         ("Uptime (Seconds)", 3 * 3600 + 62, "3 h 1 min"),
@@ -307,7 +366,55 @@ def test_values_are_shown_as_people_read_them(title: str, value: Any, shown: str
     assert stats._value(title, value) == shown
 
 
-def watched(arguments: Sequence[str], marks: Sequence[str], store: Store) -> str:
+def test_whatever_a_server_answers_is_shown_at_any_width() -> None:
+    deep: Any = 1
+    for _ in range(500):
+        deep = {"deeper": deep}
+    odd = {
+        "Last Sweep": 1e300,
+        "Uptime (Seconds)": float("nan"),
+        "Requests": 10**400,
+        "Table": {"row": {"When": -1e300, "Seconds": float("inf"), "Count": 123456789, "Deep": deep}},
+        "Deep": deep,
+    }
+    text = json.dumps({"odd": odd}).replace("NaN", "1e999").encode()
+    options = ServerOptions(tcp_mask=OPEN, report=lambda _figures: text)
+    with ServerThread(MemoryStore(), options=options) as server:
+        for width in ("5", "20", "80"):
+            result = CliRunner(env={"COLUMNS": width}).invoke(main, ["stats", str(server.address), "--no-json"])
+            assert result.exit_code == 0, result.exception
+        assert "1e+300" in result.output
+        assert "123M" in result.output
+        found = json.loads(run(str(server.address)).output, parse_constant=lambda name: pytest.fail(name))
+    assert found["odd"]["Requests"] == "1" + 400 * "0"
+
+
+@pytest.mark.parametrize("width", [24, 40, 80, 100])
+def test_numbers_are_whole_and_first_and_columns_of_nothing_are_left_out(width: int) -> None:
+    records = {
+        f"kind {n}": {"Count": 12345678 + n, "Misses": 0, "Bytes Sent": 3000, "p50 (ms)": 0.123456, "p99 (ms)": 7.5}
+        for n in range(3)
+    }
+    namespaces = {"server": {"Requests": 12345678, "Errors": 0, "Connections Accepted": 4321, "Commands": records}}
+    console = Console(width=width, height=24, force_terminal=False, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(stats._report(stats._Look(namespaces, None), width))
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "Errors" not in capture.get()
+    assert "Misses" not in capture.get()
+    assert any("12.3M  Requests" in line for line in lines)
+    assert any("4,321  Connections" in line for line in lines)
+    values = ["12.3M", "2.93 KiB", "0.123", "7.5"]
+    for n in range(3):
+        (row,) = (line for line in lines if line.startswith(f"  kind {n}"))
+        shown = row.removeprefix(f"  kind {n}").replace(" KiB", "_KiB").split()
+        assert shown
+        assert shown == [value.replace(" ", "_") for value in values[: len(shown)]]
+    assert width < 80 or len(shown) == len(values)
+
+
+def watched(arguments: Sequence[str], marks: Sequence[str], store: Store, lines: int = 60, term: str = "xterm") -> str:
     """What ``statestore stats`` shows in a terminal until it has shown all ``marks``, in order; then comes Ctrl-C."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
@@ -316,17 +423,18 @@ def watched(arguments: Sequence[str], marks: Sequence[str], store: Store) -> str
         stdout=slave,
         stderr=slave,
         start_new_session=True,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "60"},
+        env={**os.environ, "TERM": term, "COLUMNS": "120", "LINES": str(lines)},
     )
     os.close(slave)
-    shown, left = "", list(marks)
+    shown, everything, left = "", "", list(marks)
     deadline = time.monotonic() + PATIENCE
     try:
         while left:
             assert time.monotonic() < deadline, f"{left} was not shown: {shown}"
             store.put(b"k1", b"v")
             if select.select([master], [], [], 0.02)[0]:
-                shown += os.read(master, 65536).decode(errors="replace")
+                read = os.read(master, 65536).decode(errors="replace")
+                shown, everything = shown + read, everything + read
             if left[0] in shown:
                 shown = shown.partition(left.pop(0))[2]
         process.send_signal(signal.SIGINT)
@@ -337,7 +445,7 @@ def watched(arguments: Sequence[str], marks: Sequence[str], store: Store) -> str
         process.kill()
         process.wait()
         os.close(master)
-    return shown
+    return everything
 
 
 def _drain(master: int) -> None:
@@ -350,12 +458,43 @@ def _drain(master: int) -> None:
 
 def test_in_a_terminal_it_goes_on_until_ctrl_c_with_rates(used: str) -> None:
     with open_store(used) as store:
-        watched([used, "--watch", "0.1"], ["every 0.1 s", SERVER, "Commands", "/s", SERVER], store)
+        marks = ["every 0.1 s", SERVER, "Commands", "/s", SERVER]
+        assert ALTERNATE_SCREEN in watched([used, "--every", "0.1"], marks, store)
+
+
+@pytest.mark.parametrize(("lines", "term"), [(8, "xterm"), (60, "dumb")])
+def test_where_a_screen_has_no_room_or_is_none_each_look_is_below_the_last(used: str, lines: int, term: str) -> None:
+    with open_store(used) as store:
+        marks = [SERVER, "Operations", SERVER, "/s", "Operations"]
+        assert ALTERNATE_SCREEN not in watched([used, "--every", "0.1"], marks, store, lines, term)
+
+
+def test_a_server_that_restarts_is_waited_for(tmp_path: Path) -> None:
+    with ServerProcess(str(tmp_path / "state.lmdb")) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "beaker_statestore", "stats", server.url, "--every", "0.05"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        with process.stdout, process.stderr:
+            assert SERVER in process.stdout.readline()
+            server.stop()
+            assert server.url in process.stderr.readline()
+            server.start()
+            deadline = time.monotonic() + PATIENCE
+            while json.loads(process.stdout.readline())["beaker_statestore"]["Process ID"] != server.pid:
+                assert time.monotonic() < deadline
+            process.send_signal(signal.SIGINT)
+            process.stdout.read()
+        assert process.wait(PATIENCE) == 0
 
 
 def test_in_a_pipe_each_look_is_a_line(used: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "beaker_statestore", "stats", used, "--watch", "0.05"],
+        [sys.executable, "-m", "beaker_statestore", "stats", "--every", "0.05", "--watch", used],
         stdout=subprocess.PIPE,
         text=True,
     )

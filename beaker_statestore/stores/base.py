@@ -362,7 +362,7 @@ class LocalStore(LocalVerbs, Store):
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         wanted = list(keys)
         return self._alone(
-            "get_many", lambda verbs: verbs.get_many(wanted), lambda found: (len(found), len(wanted) - len(found))
+            "get_many", lambda verbs: verbs.get_many(wanted), lambda found: (len(found), len({*wanted}) - len(found))
         )
 
     def put(self, key: bytes, value: bytes, expires_at: float | None = None) -> None:

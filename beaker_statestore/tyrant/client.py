@@ -94,7 +94,7 @@ _LARGE: Final = 2**20
 _LONG: Final = 20_000
 #: ``ext`` functions that are the server's own.
 _BUILT_IN: Final = frozenset({PROBE, CAS, SCAN, WAIT, STATISTICS, REPLACE, APPEND, PREPEND, INCR, DECR})
-#: What statistics call getting a connection; its failures are those of calls for which there was none.
+#: What statistics call opening a connection.
 _CONNECT: Final = "connect"
 #: What they call commands, and functions by their names: those that carry out a verb of `Store` as the verb. All other
 #: functions keep their names.
@@ -111,6 +111,8 @@ _KINDS: Final[Mapping[Command | bytes, str]] = {
     original.ADD: "add",
     original.DELETE: "delete",
 }
+#: What a server may have of `Connection.capabilities`.
+_ALL_OURS: Final = frozenset({*_BUILT_IN, original.PUT, original.ADD, original.DELETE})
 #: What a mask can name and open, and what it calls the functions of --ext.
 _MASKABLE: Final = frozenset({*(command.name for command in COMMANDS.values()), "functions"})
 
@@ -233,11 +235,15 @@ class Connection:
         :param tls: what to speak TLS with, which is then done by ``deadline``, too; None: everything is in the clear.
         """
         began = observe.listener.clock()
-        sock = connect(address, deadline)
-        connection = cls(sock if tls is None else _encrypt(sock, address, deadline, tls), address)
+        failed = True
+        try:
+            sock = connect(address, deadline)
+            connection = cls(sock if tls is None else _encrypt(sock, address, deadline, tls), address)
+            failed = False
+        finally:
+            if began:
+                observe.listener.operation(str(address), _CONNECT, began, failed=failed)
         observe.count("tyrant.connections")
-        if began:
-            observe.listener.operation(str(address), _CONNECT, began)
         return connection
 
     def is_alive(self) -> bool:
@@ -667,6 +673,8 @@ class Client:
                 time.sleep(pause)
         finally:
             if began:
+                # If nothing came to be sent: what would have been to a server that has all that can be asked for.
+                sent = sent or (requests(_ALL_OURS) if callable(requests) else requests)
                 self._report(began, sent, replies, bytes_sent, bytes_received, retried)
 
     def _report(
@@ -681,17 +689,15 @@ class Client:
         """Tell who listens what has just been done, or has failed if there are no replies."""
         kind, hits, misses = "pipeline", 0, 0
         failed = replies is None
-        if failed and not sent:
-            kind = _CONNECT
-        elif len(sent) == 1:
+        if len(sent) == 1:
             command, arguments = sent[0]
             kind = _KINDS.get(arguments[0] if command is EXT or command is MISC else command) or _name(arguments[0])
             if replies:
                 status, value = replies[0]
                 failed = status > FAILURE
                 if command is MGET and status == SUCCESS:
-                    hits = len(value)
-                    misses = len(arguments[0]) - hits
+                    hits = len(dict(value))
+                    misses = len(set(arguments[0])) - hits
                 elif (command is GET or command is VSIZ) and not failed:
                     hits, misses = (1, 0) if status == SUCCESS else (0, 1)
         observe.listener.operation(

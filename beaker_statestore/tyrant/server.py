@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
@@ -34,7 +35,7 @@ from beaker_statestore.complaints import Complaints
 from beaker_statestore.exceptions import OutcomeUnknown, ProtocolError
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.tyrant.address import Address
-from beaker_statestore.tyrant.apart import Job, Wait
+from beaker_statestore.tyrant.apart import Job, Statistics, Wait
 from beaker_statestore.tyrant.backups import Backups
 from beaker_statestore.tyrant.calls import Call
 from beaker_statestore.tyrant.commands import STORE_FAILED, Body, Reply, Request
@@ -183,7 +184,7 @@ class Server:
         #: What statistics call the store.
         self._name = store.path or type(store).__name__
         self._started = time.monotonic()
-        self._clock = 0
+        self._clock = self._failures = 0
         self._most = self._accepted = self._batches = self._batched = 0
         #: Bytes that have come from clients and gone to them, without what TLS adds.
         self.received = self.sent = 0
@@ -324,6 +325,7 @@ class Server:
         calls: list[Call] = []
         self._began = time.monotonic()
         self._clock = observe.listener.clock()
+        self._failures = self._executor.failures
         self._for_costly = self._is_turn_of_costly()
         while len(calls) < BATCH:
             first = self._for_costly and not taken
@@ -375,13 +377,13 @@ class Server:
                     connection.abort(f"whether its requests were carried out is unknown: {error}")
             taken, calls, known = [(connection, 0) for connection, count in taken if not count], [], []
         else:
-            self._tell_of_batch()
+            self._tell_of_batch(failed=self._executor.failures > self._failures)
         self._waiting_room.carried_out(_requests(islice(calls, len(known))))
         self._batches += 1
         self._batched += len(known)
         self._settle(taken, calls, known)
 
-    def _tell_of_batch(self, *, failed: bool = False) -> None:
+    def _tell_of_batch(self, *, failed: bool) -> None:
         if self._clock:
             observe.listener.operation(self._name, "batch", self._clock, failed=failed)
 
@@ -425,7 +427,8 @@ class Server:
                 if job.waits:
                     await self._loop.run_in_executor(self._aside, job.step)
                 else:
-                    async with self._scanning:
+                    # An operator looks most of all when all scans are under way.
+                    async with nullcontext() if isinstance(job, Statistics) else self._scanning:
                         while not await self.between(job.step) and not connection.lost:
                             await asyncio.sleep(0)
                 reply = Reply(STORE_FAILED) if connection.lost else job.reply

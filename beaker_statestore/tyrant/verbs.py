@@ -108,6 +108,8 @@ class Executor:
         self._position: Position | None = None
         self._calls: Counter[Command] = Counter()
         self._misses: Counter[Command] = Counter()
+        #: How many requests have been answered with `STORE_FAILED`.
+        self.failures = 0
         self._complain = Complaints(logger)
 
     def execute(self, calls: Sequence[Call]) -> list[Encoded]:
@@ -138,6 +140,7 @@ class Executor:
                 raise
             except Exception as error:  # noqa: BLE001 - as above
                 report(error)
+                self.failures += 1
                 replies.append(call.encode(Reply(STORE_FAILED)))
             room -= encoded_length(replies[-1])
             if room < 0:
@@ -203,6 +206,7 @@ class Executor:
             self._store.sync()
         except Exception as error:  # noqa: BLE001 - the transaction stands, only its durability is in doubt
             report(error)
+            self.failures += len(run.awaiting_sync)
             for place in run.awaiting_sync:
                 run.replies[place] = calls[place].encode(Reply(STORE_FAILED))
 
