@@ -6,6 +6,7 @@ It must not know what the documents are about, nor any framework or engine.
 from __future__ import annotations
 
 import logging
+import random
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +19,20 @@ from beaker_statestore.exceptions import ContentionError, DocumentDamagedError, 
 from beaker_statestore.keys import shortened
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
-from beaker_statestore.stores.base import CONTENTION_DEADLINE, UNREAD, Unread
+from beaker_statestore.stores.base import (
+    CONTENTION_DEADLINE,
+    COURTESY,
+    EAGER_TRIES,
+    LONGEST_BACKOFF,
+    UNREAD,
+    Unread,
+)
 
-__all__ = ["Collection", "Fetched"]
+__all__ = ["Collection", "Fetched", "birth", "born"]
 
 log = logging.getLogger(__name__)
 
-#: A document has the tokens of so many changes, the last ones that had to be told from others (`Collection.modify`).
+#: A document has so many tokens: that of its birth, and those of the last changes (`Collection.modify`).
 COMMITS: Final = 16
 #: How many random bytes one has. It need only differ from the others in the same document.
 TOKEN_BYTES: Final = 6
@@ -129,62 +137,102 @@ class Collection:
             effects.
         :param known: the record as `fetch` found it; saves a read if it still is so.
         :param own: the change must be told from the same one made by another, as counting must: the document gets a
-            random token (`documents.COMMIT`). Then a change whose answer was lost is neither lost nor done twice,
-            unless, before it could be read back, others have removed the document or changed it `COMMITS` times.
+            random token (`documents.COMMIT`), by which a change whose answer was lost recognises itself. So it is
+            never done twice. A document that ``function`` answers without the tokens it was given is a new one.
+        :raises OutcomeUnknown: only if ``own``: the answer was lost, and others have changed the document so much
+            since, or removed it, that nobody can tell whether the change was done.
         """
         record = self.records.record(key)
-        # What may have been stored instead of `base`, or may yet be, by its token.
-        tried: dict[str, bytes] = {}
-        base: bytes | None = None
-        done: bytes | None = None
 
         def on_bytes(current: bytes | None) -> bytes | None:
-            nonlocal base, done
             before = self.codec.current(current, record)
-            commits = _commits(before)
-            # It was done, and the answer lost; others have changed the document again since.
-            done = next((tried[token] for token in commits if token in tried), None)
-            if done is not None:
-                return current
-            if current != base:
-                tried.clear()
-                base = current
             after = function(before)
             if not after:
                 return None
             if current is not None and before is not None and documents.same(after, self.codec.decode(current, record)):
                 return current
-            if not own:
-                return self.encode(key, after)
-            token = secrets.token_urlsafe(TOKEN_BYTES)
-            tried[token] = self.encode(key, {**after, COMMIT: [token, *commits][:COMMITS]})
-            return tried[token]
+            return self.encode(key, _changed(after) if own else after)
 
-        stored = self.store.modify(record, on_bytes, known=known, expires_at=documents.expires_at)
-        new = stored if done is None else done
+        if own:
+            new, _ = self._change(record, on_bytes, known)
+        else:
+            new = self.store.modify(record, on_bytes, known=known, expires_at=documents.expires_at)
         return None if new is None else self.codec.decode(new, record)
 
     def take(self, key: str | None, condition: Callable[[Document], bool] | None = None) -> Document | None:
         """Remove the document under ``key`` and answer it; of several that take it at once, one gets it.
 
         :param condition: leave it, and answer None, unless this is true of it.
-        :raises OutcomeUnknown: it is gone, and whether this call removed it or another did, nobody knows.
+        :raises OutcomeUnknown: it is gone or changed, and whether this call removed it or another did, nobody knows.
         :raises ContentionError: others kept changing it for `CONTENTION_DEADLINE` seconds.
         """
         record = self.records.record(key)
-        deadline = time.monotonic() + CONTENTION_DEADLINE
-        while time.monotonic() < deadline:
-            document, stored = self.fetch(key)
-            if document is None or not (condition is None or condition(document)):
-                return None
-            try:
-                if self.store.compare_and_swap(record, stored, None):
-                    return document
-            except OutcomeUnknown:
-                if self.store.get(record) != stored:
-                    raise
-            observe.count("store.contention")
-        raise ContentionError(f"others kept changing {shortened(record)} while we tried to take it")
+        taken: Document | None = None
+
+        def removed(current: bytes | None) -> bytes | None:
+            nonlocal taken
+            document = self.codec.current(current, record)
+            taken = document if document is not None and (condition is None or condition(document)) else None
+            return current if taken is None else None
+
+        _, answered = self._change(record, removed, UNREAD)
+        if not answered:
+            raise _unknown(record)
+        return taken
+
+    def _change(
+        self, record: bytes, change: Callable[[bytes | None], bytes | None], known: bytes | Unread | None
+    ) -> tuple[bytes | None, bool]:
+        """`Store.modify`, for a change that must neither be done twice nor be taken for somebody else's.
+
+        A swap without an answer may have been carried out, or may yet be, as a stalled server is late. What the store
+        has then must tell: the very record from before says that it can be tried again, a token of ours that it was
+        done, and the newest token from before, without ours, that it was not and never will be.
+
+        :return: what was stored, and False if that is nothing, and nobody knows who has removed the record.
+        :raises OutcomeUnknown: there was no answer, and what the store has does not tell.
+        """
+        begun = time.monotonic()
+        current, is_read = (self.store.get(record), True) if isinstance(known, Unread) else (known, False)
+        # What was to be in the place of `base`, by swaps without an answer.
+        unsure: list[bytes | None] = []
+        tries = 0
+        while True:
+            new = change(current)
+            if new != current:
+                hint = documents.expires_at(new) if self.store.expires and new is not None else None
+                try:
+                    if self.store.compare_and_swap(record, current, new, hint):
+                        return new, True
+                    observe.count("store.contention")
+                except OutcomeUnknown:
+                    observe.count("store.outcome_unknown")
+                    unsure.append(new)
+                tries += 1
+            elif is_read:
+                return new, True
+            base, current, is_read = current, self.store.get(record), True
+            if unsure and (current is None or current != base):
+                if current is None and None in unsure:
+                    return None, False
+                tokens = self._tokens_in(current, record)
+                for ours in unsure:
+                    if set(tokens).intersection(self._tokens_in(ours, record)[:1]):
+                        return ours, True
+                # Between the last two of a full list there may have been others, so also ours.
+                if not set(tokens[: COMMITS - 1]).intersection(self._tokens_in(base, record)[:1]):
+                    raise _unknown(record)
+                unsure.clear()
+            if time.monotonic() >= begun + CONTENTION_DEADLINE:
+                if unsure:
+                    raise _unknown(record)
+                raise ContentionError(f"others kept changing {shortened(record)} while we tried to, {tries} times")
+            # As in `Store.modify`: rivals keep out of step, and whoever has tried for long tries hardest.
+            if tries > EAGER_TRIES and time.monotonic() < begun + COURTESY:
+                time.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.001 * 2**tries)))  # noqa: S311
+
+    def _tokens_in(self, stored: bytes | None, record: bytes) -> list[str]:
+        return [] if stored is None else _tokens(self.codec.decode(stored, record))
 
     def delete(self, key: str | None) -> bool:
         """Remove the document under ``key``; False when there was none."""
@@ -207,7 +255,30 @@ class Collection:
         return self.codec.encode(document, self.records.record(key), f"{self.records.kind}[{key!r}]")
 
 
-def _commits(document: Document | None) -> list[str]:
+def born(document: Document) -> Document:
+    """``document`` as a new one, which can be told from others that were under its name before, or will be."""
+    return {**document, COMMIT: [secrets.token_urlsafe(TOKEN_BYTES)]}
+
+
+def birth(document: Document | None) -> str | None:
+    """The token that a document has had from its beginning; None: it has none."""
+    return next(reversed(_tokens(document)), None)
+
+
+def _changed(document: Document) -> Document:
+    """``document`` with one token more: the oldest, its `birth`, is never dropped."""
+    before = _tokens(document)
+    return {**document, COMMIT: [secrets.token_urlsafe(TOKEN_BYTES), *before[:-1][: COMMITS - 2], *before[-1:]]}
+
+
+def _tokens(document: Document | None) -> list[str]:
     """The tokens in a document, the newest first."""
-    commits = (document or {}).get(COMMIT)
-    return [token for token in commits if isinstance(token, str)] if isinstance(commits, list) else []
+    tokens = (document or {}).get(COMMIT)
+    return [token for token in tokens if isinstance(token, str)] if isinstance(tokens, list) else []
+
+
+def _unknown(record: bytes) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"the answer to a change of {shortened(record)} was lost, and what is there now does not tell whether it was "
+        "done: look, and decide"
+    )

@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from beaker_statestore import documents, keys, observe
-from beaker_statestore.collection import Collection
+from beaker_statestore.collection import Collection, birth, born
 from beaker_statestore.documents import COMMIT, EXPIRES, RESERVED, Document
 from beaker_statestore.exceptions import Conflict, DocumentError
 from beaker_statestore.settings import Settings
@@ -37,7 +37,8 @@ __all__ = ["KEEP", "Keep", "Slate", "Slates"]
 
 D = TypeVar("D")
 
-#: How long a document that expired while it was edited lives on, in seconds, unless the edit says it.
+#: A record outlives its document by so many seconds, so that an expiry takes nothing from an edit under way. What was
+#: edited then lives on for as long, unless the edit says it.
 LATE: Final = 3600.0
 #: How often `Slate.modify` runs its function, unless told otherwise.
 TRIES: Final = 50
@@ -140,9 +141,11 @@ class Slate:
 
     def names(self) -> list[str]:
         """The names of all documents, sorted. Looks through the whole slate, so not for hot paths."""
-        return sorted(
-            {name for page in self._documents.pages() for name in self._documents.read_many(page) if name is not None}
-        )
+        found: set[str] = set()
+        for page in self._documents.pages():
+            read = self._documents.read_many(page)
+            found.update(name for name, document in read.items() if name is not None and _fields(document))
+        return sorted(found)
 
     # -- writing
 
@@ -152,12 +155,14 @@ class Slate:
     def put(self, name: str, document: Mapping[str, Any], *, lifetime: float | None = None) -> None:
         """Store the whole document, whatever was there; an empty one removes it.
 
+        It is another document than that which was there: whoever is editing that one gets a `Conflict`.
+
         :param lifetime: after how many seconds it expires; None: never.
         """
         _check(lifetime)
         fields = self._plain(valid_name(name, "a document"), dict(document))
         if fields:
-            self._documents.put(name, {**fields, **_expiry(lifetime)})
+            self._documents.put(name, born({**fields, **_expiry(lifetime)}))
         else:
             self._documents.delete(name)
 
@@ -180,12 +185,14 @@ class Slate:
         document that ends up empty is removed.
 
         A document that expires meanwhile is kept whole. Without a ``lifetime`` it then lives on for `LATE` seconds.
+        An edit that ends later than `LATE` seconds after the expiry finds it removed, which is a conflict.
 
         :param lifetime: after how many seconds from the commit the document expires; None: never; `KEEP`: when it
             would have, and a new one never.
-        :raises Conflict: somebody else has changed the same fields meanwhile, if only to the same values, or removed
-            the document.
+        :raises Conflict: somebody else has changed the same fields meanwhile, if only to the same values, or has
+            removed the document or replaced it by another.
         :raises ContentionError: others kept changing it for 5 seconds, which are conflicts of nobody.
+        :raises OutcomeUnknown: an answer was lost, and nobody can tell whether the edit was done.
         """
         _check(lifetime)
         fetched = self._documents.fetch(valid_name(name, "a document"))
@@ -200,18 +207,20 @@ class Slate:
 
         def committed(current: Document | None) -> Document | None:
             nonlocal merged
-            theirs, beside = _fields(current), current
-            if base and current is None and ours:
-                if not documents.is_expired(fetched.document or {}, time.time()):
-                    raise Conflict(sorted(base.keys() | ours.keys()))
-                theirs, beside = base, {EXPIRES: time.time() + LATE}
+            if base and (current is None or birth(fetched.document) not in (None, birth(current))):
+                if current is None and not ours:
+                    return None
+                raise Conflict(sorted(base.keys() | ours.keys()))
+            theirs = _own(current) if base else _fields(current)
             changed_by_others = documents.difference(base, theirs)
             # Two who come to the same value may both have counted one further, so that is a conflict, too.
             conflicts = {name for name in changed & changed_by_others if name in ours or name in theirs}
             if conflicts:
                 raise Conflict(sorted(conflicts))
             merged = bool(changed_by_others)
-            return _dated(documents.merge(base, ours, theirs).document, beside, lifetime)
+            is_late = bool(base) and _is_over(current)
+            life = LATE if is_late and isinstance(lifetime, Keep) else lifetime
+            return _dated(documents.merge(base, ours, theirs).document, current if theirs else None, life)
 
         try:
             self._documents.modify(name, committed, known=fetched.stored, own=True)
@@ -258,7 +267,7 @@ class Slate:
             function(document)
             ours = self._plain(name, document)
             wanted = documents.difference(fields, ours)
-            return _dated(ours, current, lifetime) if wanted else current
+            return _dated(ours, current if fields else None, lifetime) if wanted else current
 
         return MappingProxyType(_fields(self._documents.modify(name, changed, own=True)))
 
@@ -267,9 +276,9 @@ class Slate:
 
         :param default: the answer if there is none.
         :raises KeyError: there is none, and no default.
-        :raises OutcomeUnknown: it is gone, and whether this call removed it or another did, nobody knows.
+        :raises OutcomeUnknown: it is gone or changed, and whether this call removed it or another, nobody knows.
         """
-        taken = self._documents.take(valid_name(name, "a document"))
+        taken = self._documents.take(valid_name(name, "a document"), lambda document: bool(_fields(document)))
         if taken is not None:
             return _fields(taken)
         if isinstance(default, _Required):
@@ -285,7 +294,7 @@ class Slate:
         fields = self._plain(valid_name(name, "a document"), dict(document))
 
         def unless_there(current: Document | None) -> Document | None:
-            return current if _fields(current) else _dated(fields, None, lifetime)
+            return current if _fields(current) or not fields else born({**fields, **_expiry(lifetime)})
 
         return MappingProxyType(_fields(self._documents.modify(name, unless_there)))
 
@@ -331,8 +340,9 @@ class Slate:
 
         def changed(current: Document | None) -> Document | None:
             document = _fields(current)
+            before = current if document else None
             function(document)
-            return _dated(document, current, lifetime)
+            return _dated(document, before, lifetime)
 
         return self._documents.modify(name, changed, own=True) or {}
 
@@ -346,10 +356,11 @@ class Slate:
 
         def renewed(current: Document | None) -> Document | None:
             nonlocal found
-            found = current is not None
-            if current is None:
-                return None
-            return current if _is_fresh(current, lifetime) else _dated(_fields(current), current, lifetime)
+            fields = _fields(current)
+            found = bool(fields)
+            if current is None or not found or _is_fresh(current, lifetime):
+                return current
+            return _dated(fields, current, lifetime)
 
         self._documents.modify(valid_name(name, "a document"), renewed)
         return found
@@ -375,11 +386,21 @@ def _check(lifetime: float | Keep | None) -> None:
 
 def _expiry(lifetime: float | None) -> Document:
     """The field of ours that a document of that lifetime has from now on."""
-    return {} if lifetime is None else {EXPIRES: time.time() + lifetime}
+    return {} if lifetime is None else {EXPIRES: time.time() + lifetime + LATE}
+
+
+def _is_over(document: Document | None) -> bool:
+    """Whether the document has expired; its record stands for `LATE` seconds more."""
+    return documents.is_expired(document or {}, time.time() + LATE)
 
 
 def _fields(document: Document | None) -> Document:
-    """The application's fields of a document."""
+    """The application's fields of a document; none if it has expired."""
+    return {} if _is_over(document) else _own(document)
+
+
+def _own(document: Document | None) -> Document:
+    """The application's fields of a document, even if it has expired."""
     return {name: value for name, value in (document or {}).items() if name not in RESERVED}
 
 
@@ -399,4 +420,4 @@ def _is_fresh(document: Document, lifetime: float | None) -> bool:
     expires_at = document.get(EXPIRES)
     if lifetime is None or expires_at is None:
         return lifetime is expires_at
-    return bool(0 <= time.time() + lifetime - expires_at < FRESH * lifetime)
+    return bool(0 <= time.time() + lifetime + LATE - expires_at < FRESH * lifetime)

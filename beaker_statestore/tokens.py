@@ -4,7 +4,7 @@ A token has a life of its own, which has nothing to do with that of any document
 
 Records of kind ``slate``, in two namespaces that no user's slate can have, as an underscore in front is escaped there:
 
-    _auth     hash of a token -> ``{"user": ..., "proof": ...}``
+    _auth     hash of a token -> ``{"user": ..., "proof": ..., "latest": <when it expires at the latest, if ever>}``
     _tokens   user -> ``{"<hash of a token>": <when it expires>, ...}``, the listing of his tokens
 
 It must not know any framework or engine.
@@ -20,6 +20,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from typing import Final, NamedTuple, TypeGuard
 
 from beaker_statestore import documents, keys, observe
@@ -41,6 +42,8 @@ LIFETIME: Final = 14 * 86400.0
 GRACE: Final = 3600.0
 #: The most tokens that a user has at once; the next one ends that which would expire first.
 MAX_TOKENS: Final = 1000
+#: The size limit of our own documents, in bytes, whatever the application's is: a listing has 60 for each token.
+LARGEST: Final = 64 * (MAX_TOKENS + 10)
 
 #: 256 random bits, as secrets.token_urlsafe writes them.
 TOKEN_BYTES: Final = 32
@@ -54,6 +57,8 @@ class Login(NamedTuple):
     user: str
     #: In epoch seconds.
     expires_at: float
+    #: Until when it can be renewed, in epoch seconds; infinite if for ever.
+    latest: float = math.inf
 
 
 class _Digest(NamedTuple):
@@ -76,8 +81,13 @@ class _Digest(NamedTuple):
         user, proof, expires_at = ((document or {}).get(name) for name in ("user", "proof", EXPIRES))
         if not (isinstance(user, str) and isinstance(proof, str) and documents.is_number(expires_at)):
             return None
+        latest = (document or {}).get("latest")
         same = hmac.compare_digest(_bytes(proof), _bytes(self.proof))
-        return Login(keys.unescape(user), expires_at) if same else None
+        return (
+            Login(keys.unescape(user), expires_at, latest if documents.is_number(latest) else math.inf)
+            if same
+            else None
+        )
 
 
 class Tokens:
@@ -91,25 +101,29 @@ class Tokens:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._logins = Collection(settings, "slate", "_auth")
-        self._listings = Collection(settings, "slate", "_tokens")
+        ours = replace(settings, max_value=LARGEST)
+        self._logins = Collection(ours, "slate", "_auth")
+        self._listings = Collection(ours, "slate", "_tokens")
 
-    def issue(self, user: str, lifetime: float = LIFETIME) -> str:
+    def issue(self, user: str, lifetime: float = LIFETIME, *, longest: float | None = None) -> str:
         """A new token for ``user``: 43 characters that are good in a cookie or a URL.
 
         If all tokens of the user are revoked at the same moment, it may be one of them.
 
         :param lifetime: how long it is good, in seconds.
+        :param longest: for how long it can be renewed, in seconds from now; None: for ever.
         """
         valid_name(user, "a user")
-        expires_at = _token_end(lifetime)
+        latest = {} if longest is None else {"latest": _token_end(longest)}
+        expires_at = min(_token_end(lifetime), latest.get("latest", math.inf))
         token = secrets.token_urlsafe(TOKEN_BYTES)
         digest = _Digest.of(token)
         begun = time.monotonic()
         self._enlist(user, digest.key, expires_at)
         if time.monotonic() - begun > GRACE / 2:
             raise StoreUnavailable("the process stood still while a token was issued; nothing was issued, try again")
-        self._logins.add(digest.key, {"user": keys.escape_field(user), "proof": digest.proof, EXPIRES: expires_at})
+        login = {"user": keys.escape_field(user), "proof": digest.proof, **latest, EXPIRES: expires_at}
+        self._logins.add(digest.key, login)
         observe.count("tokens.issued")
         return token
 
@@ -126,12 +140,12 @@ class Tokens:
         return digest.login(self._read(digest.key))
 
     def renew(self, token: str | None, lifetime: float = LIFETIME) -> bool:
-        """Have the token expire ``lifetime`` seconds from now; False if it is not good."""
+        """Have the token expire ``lifetime`` seconds from now, or when it has to; False if it is not good."""
         login = self.look_up(token)
         if token is None or login is None:
             return False
         digest = _Digest.of(token)
-        expires_at = _token_end(lifetime)
+        expires_at = min(_token_end(lifetime), login.latest)
         self._enlist(login.user, digest.key, expires_at)
         renewed = False
 
@@ -204,7 +218,9 @@ class Tokens:
             self._end(other, user)
 
         def with_key(current: Document | None) -> Document | None:
-            return _listing({**_listed(current), key: expires_at}, superfluous)
+            listed = _listed(current)
+            # Never earlier than the token: it may be what another renewal has made of it meanwhile.
+            return _listing({**listed, key: max(expires_at, listed.get(key, 0.0))}, superfluous)
 
         self._listings.modify(user, with_key, known=fetched.stored)
 

@@ -15,13 +15,14 @@ from webob.exc import HTTPConflict, HTTPServiceUnavailable
 
 from beaker_statestore.exceptions import Conflict, SessionMoved, StoreUnavailable
 
-__all__ = ["OutageFilter", "WSGIApplication"]
+__all__ = ["Headers", "OutageFilter", "WSGIApplication"]
 
 log = logging.getLogger(__name__)
 
 #: What Retry-After says, in seconds: a restarted server answers sooner than that.
 RETRY_AFTER: Final = 5
 
+Headers = list[tuple[str, str]]
 WSGIApplication = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
@@ -33,14 +34,28 @@ class OutageFilter:
     the client, the exception is left to the server.
     """
 
-    def __init__(self, app: WSGIApplication, retry_after: int = RETRY_AFTER) -> None:
-        """:param retry_after: after how many seconds a client should try again."""
+    def __init__(
+        self,
+        app: WSGIApplication,
+        retry_after: int = RETRY_AFTER,
+        *,
+        finish: Callable[[dict[str, Any], Headers], Headers] | None = None,
+    ) -> None:
+        """:param retry_after: after how many seconds a client should try again.
+        :param finish: gets the environment and the headers of the application's answer when that goes out for certain,
+            and returns those to send; again, if the application starts anew.
+        """
         self.app = app
         self.retry_after = retry_after
+        self.finish = finish
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer the request; the start of the application's answer is held back until it has returned."""
-        start = _HeldStart(start_response)
+
+        def begin(status: str, headers: Headers, *more: Any) -> Any:
+            return start_response(status, headers if self.finish is None else self.finish(environ, headers), *more)
+
+        start = _HeldStart(begin)
         body: Iterable[bytes] = ()
         try:
             body = self.app(environ, start)
@@ -67,8 +82,8 @@ class OutageFilter:
     def _conflict(self, error: Conflict) -> HTTPConflict:
         log.info("409: %s", error)
         return HTTPConflict(
-            "Another request of yours, perhaps in another window, has changed the same thing meanwhile. Nothing of "
-            "this request was saved; please load the page again, look, and decide.",
+            "Another request of yours, perhaps in another window, has changed the same thing meanwhile, so this one "
+            "was not carried out, or not all of it. Please load the page again, look what is there now, and decide.",
             headers=[("Cache-Control", "no-store")],
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from beaker_statestore.collection import COMMITS, Collection
+from beaker_statestore.collection import COMMITS, Collection, birth
 from beaker_statestore.documents import COMMIT, EXPIRES, Document
 from beaker_statestore.exceptions import DocumentDamagedError, OutcomeUnknown, StoreUnavailable
 from beaker_statestore.settings import Settings
@@ -147,13 +147,17 @@ def test_the_answer_is_what_was_stored_even_if_it_expires_at_once(collection: Co
     assert collection.read("a") is None
 
 
-def test_a_document_keeps_the_tokens_of_the_last_changes_only(collection: Collection) -> None:
-    document: Document = {}
+def test_a_document_keeps_the_tokens_of_the_last_changes_and_of_its_birth(collection: Collection) -> None:
+    document = collection.modify("a", plus_one, own=True) or {}
+    first = birth(document)
     for _ in range(COMMITS + 3):
-        before = document.get(COMMIT, [])
+        before = document[COMMIT]
         document = collection.modify("a", plus_one, own=True) or {}
-        assert document[COMMIT][1:] == before[: COMMITS - 1]
+        assert document[COMMIT][1:-1] == before[:-1][: COMMITS - 2]
+        assert birth(document) == first is not None
     assert len(set(document[COMMIT])) == COMMITS
+    collection.delete("a")
+    assert birth(collection.modify("a", plus_one, own=True)) not in (None, first)
 
 
 @pytest.mark.parametrize("commits", ["text", 7, [7, None], {"a": 1}])
@@ -230,18 +234,7 @@ def test_an_add_whose_answer_was_lost_is_ones_own(faulty: Overtaken) -> None:
     assert faulty.has_failed
 
 
-def test_an_add_of_the_same_by_another_is_not_ones_own(
-    faulty: Overtaken, lose_swaps: Callable[[], Callable[[], None]]
-) -> None:
-    collection = over(faulty)
-    others = by_others(collection, faulty)
-    find_again = lose_swaps()
-    faulty.rival = lambda: (find_again(), others.add("a", {"x": 1}))
-    assert not collection.add("a", {"x": 1})
-    assert plain(collection.read("a")) == {"x": 1}
-
-
-@pytest.mark.parametrize("rivals", [1, 2, COMMITS - 1])
+@pytest.mark.parametrize("rivals", [1, COMMITS - 2])
 def test_counting_is_exact_although_others_count_on_before_it_is_read_back(faulty: Overtaken, rivals: int) -> None:
     collection = over(faulty)
     others = by_others(collection, faulty)
@@ -262,6 +255,74 @@ def test_an_add_whose_answer_was_lost_is_ones_own_although_others_have_changed_i
     assert plain(collection.read("a")) == {"x": 1, "n": 1}
 
 
+@pytest.mark.parametrize("executed", [False, True])
+@pytest.mark.parametrize("begun", [0, 1, COMMITS])
+@pytest.mark.parametrize("rival", ["counts", "counts often", "puts", "removes", "removes and adds"])
+def test_a_change_is_never_done_twice_nor_lost_in_silence(
+    faulty: Overtaken, lose_swaps: Callable[[], Callable[[], None]], executed: bool, begun: int, rival: str
+) -> None:
+    """Whatever others do before it is read back, and whether it was carried out or not."""
+    collection = over(faulty)
+    others = by_others(collection, faulty)
+    for _ in range(begun):
+        others.modify("a", plus_one, own=True)
+    left = begun + int(executed)
+
+    def count(times: int) -> None:
+        for _ in range(times):
+            others.modify("a", plus_one, own=True)
+
+    def act() -> None:
+        nonlocal left
+        faulty.rival = lambda: None
+        find_again()
+        if rival.startswith("counts"):
+            times = COMMITS if "often" in rival else 1
+            left += times
+            count(times)
+        elif rival == "puts":
+            others.put("a", {"n": left})
+        else:
+            others.delete("a")
+            left = int("adds" in rival)
+            count(left)
+
+    find_again: Callable[[], object] = (lambda: None) if executed else lose_swaps()
+    if executed:
+        faulty.fail(2, executed=True)
+    faulty.rival = act
+    try:
+        collection.modify("a", plus_one, own=True)
+    except OutcomeUnknown:
+        # What is left of the lists does not tell.
+        assert begun == 0 or rival != "counts"
+    else:
+        assert rival.startswith("counts")
+        left += int(not executed)
+    assert (others.read("a") or {}).get("n", 0) == left
+
+
+def test_no_answer_and_then_contention_is_no_doubt_for_good(
+    faulty: Overtaken, lose_swaps: Callable[[], Callable[[], None]]
+) -> None:
+    """Once it is certain that the change was not done, it begins anew, whatever comes then."""
+    collection = over(faulty)
+    others = by_others(collection, faulty)
+    others.modify("a", plus_one, own=True)
+    find_again = lose_swaps()
+    faulty.rival = lambda: (find_again(), others.modify("a", plus_one, own=True))
+    runs: list[int] = []
+
+    def overtaken(document: Document | None) -> Document:
+        runs.append((document or {})["n"])
+        if len(runs) == 2:
+            others.put("a", {"n": 10})
+        return plus_one(document)
+
+    assert plain(collection.modify("a", overtaken, own=True)) == {"n": 11}
+    assert runs == [1, 2, 10]
+
+
 def test_a_take_whose_answer_was_lost_is_not_said_to_have_succeeded(faulty: Overtaken) -> None:
     collection = over(faulty)
     collection.put("a", {"x": 1})
@@ -279,3 +340,36 @@ def test_a_take_that_got_lost_before_it_was_carried_out_is_tried_again(
     faulty.rival = lose_swaps()
     assert collection.take("a") == {"x": 1}
     assert collection.read("a") is None
+
+
+def test_a_take_that_is_carried_out_late_is_not_said_to_be_anothers(
+    faulty: Overtaken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had no answer, and when it was tried again, it had just been done: nobody else has the document."""
+    collection = over(faulty)
+    collection.put("a", {"x": 1})
+    swap = faulty.store.compare_and_swap
+    late: list[tuple[Any, ...]] = []
+
+    def stalled(*arguments: Any) -> bool:
+        if not late:
+            late.append(arguments)
+            raise OutcomeUnknown("stalled")
+        assert swap(*late[0])
+        return swap(*arguments)
+
+    monkeypatch.setattr(faulty.store, "compare_and_swap", stalled)
+    with pytest.raises(OutcomeUnknown):
+        collection.take("a")
+    assert collection.read("a") is None
+
+
+def test_a_take_that_was_certainly_not_done_goes_on(
+    faulty: Overtaken, lose_swaps: Callable[[], Callable[[], None]]
+) -> None:
+    collection = over(faulty)
+    others = by_others(collection, faulty)
+    others.modify("a", plus_one, own=True)
+    find_again = lose_swaps()
+    faulty.rival = lambda: (find_again(), others.modify("a", plus_one, own=True))
+    assert plain(collection.take("a")) == {"n": 2}

@@ -37,6 +37,7 @@ from beaker_statestore.router import install
 from beaker_statestore.slates import Slate, Slates
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
+from beaker_statestore.sweeper import sweep
 from beaker_statestore.testing import FaultyStore, ServerProcess
 from tests.rivals import Overtaken
 
@@ -143,7 +144,8 @@ def test_what_is_stored_is_the_document(slate: Slate, store: Store, options: dic
     slate["user"] = {"name": "Zed"}
     (key,) = store.keys(options["prefix"].encode())
     assert key == f"{options['prefix']}slate:zed:user".encode()
-    assert store.get(key) == b'{"name":"Zed"}'
+    stored = json.loads(store.get(key) or b"")
+    assert stored == {"name": "Zed", "_commit": stored["_commit"]}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -546,25 +548,106 @@ def test_touching_again_and_again_only_reads(faulty: FaultyStore, clock: Clock) 
         assert faulty.calls == calls
 
 
-@pytest.mark.parametrize("swept", [False, True])
 def test_an_expiry_takes_nothing_from_an_edit_under_way(
-    slate: Slate, store: Store, options: dict[str, Any], clock: Clock, swept: bool
+    slate: Slate, store: Store, options: dict[str, Any], clock: Clock
 ) -> None:
     slate.put("a", {"x": 1, "y": 1}, lifetime=100)
-    with slate.edit("a") as document:
+    with slate.edit("a") as document, slate.edit("a") as another:
         document["y"] = 2
+        another["x"] = 2
         clock.ahead = 101
         assert "a" not in slate
-        if swept:
-            store.delete(f"{options['prefix']}slate:zed:a".encode())
-    assert slate["a"] == {"x": 1, "y": 2}
+        assert slate.names() == []
+        assert slate.pop("a", None) is None
+        assert not slate.touch("a", 100)
+        clock.ahead = 3600
+        assert sweep(store, options["prefix"]).removed == 0
+    assert slate["a"] == {"x": 2, "y": 2}
     clock.ahead += 3500
     with slate.edit("a", lifetime=100) as document:
         document["y"] = 3
         clock.ahead += 200
-    assert slate["a"] == {"x": 1, "y": 3}
+    assert slate["a"] == {"x": 2, "y": 3}
     clock.ahead += 101
     assert "a" not in slate
+    assert sweep(store, options["prefix"]).removed == 0
+    clock.ahead += 3700
+    assert sweep(store, options["prefix"]).removed == 1
+
+
+@pytest.mark.parametrize("write", ["put", "edit", "modify", "append", "setdefault"])
+def test_what_has_expired_and_what_comes_next_are_two(slate: Slate, clock: Clock, write: str) -> None:
+    slate.put("a", {"x": 1}, lifetime=100)
+
+    def late() -> None:
+        with slate.edit("a") as document:
+            clock.ahead = 101
+            writing(slate, write, "f", 7)
+            document["x"] = 2
+
+    with pytest.raises(Conflict):
+        late()
+    assert slate["a"] == {"f": [7] if write == "append" else 7}
+    clock.ahead = 10**6
+    assert "a" in slate, "the new one has not the old one's lifetime"
+
+
+@pytest.mark.parametrize("ahead", [101, 101 + 3600])
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_task_that_was_popped_does_not_come_back_however_late_it_is(
+    slate: Slate, clock: Clock, ahead: float, removed: bool
+) -> None:
+    slate.put("task", {"x": 1}, lifetime=100)
+
+    def late() -> None:
+        with slate.edit("task") as document:
+            if removed:
+                slate.pop("task")
+            clock.ahead = ahead
+            document["y"] = 1
+
+    if removed or ahead > 3600:
+        with pytest.raises(Conflict, match="'x', 'y'"):
+            late()
+        assert "task" not in slate
+    else:
+        late()
+        assert slate["task"] == {"x": 1, "y": 1}
+
+
+@pytest.mark.parametrize("write", ["put", "edit", "setdefault"])
+def test_an_edit_of_one_document_does_not_get_into_the_next_of_that_name(slate: Slate, write: str) -> None:
+    slate["a"] = {"old": 1}
+
+    def late(change: Callable[[dict[str, Any]], object]) -> None:
+        with slate.edit("a") as document:
+            change(document)
+            slate.pop("a")
+            writing(slate, write, "f", 7)
+
+    for change in (lambda document: document.update(new=1), dict.clear):
+        with pytest.raises(Conflict):
+            late(change)
+        assert slate["a"] == {"f": 7}
+
+
+def test_an_edit_is_merged_with_any_number_of_others(slate: Slate) -> None:
+    slate["a"] = {"x": 1}
+    with slate.edit("a") as document:
+        document["x"] = 2
+        for _ in range(40):
+            slate.increment("a", "n")
+    assert slate["a"] == {"x": 2, "n": 40}
+
+
+def test_an_edit_is_merged_with_what_another_program_has_stored(
+    slate: Slate, store: Store, options: dict[str, Any]
+) -> None:
+    store.put(f"{options['prefix']}slate:zed:a".encode(), b'{"x":1}')
+    with slate.edit("a") as document:
+        document["x"] = 2
+        slate.increment("a", "n")
+    assert slate["a"] == {"x": 2, "n": 1}
 
 
 @pytest.mark.parametrize("lifetime", [0, -1, float("inf"), float("nan"), "60", True])
@@ -723,6 +806,47 @@ def test_a_process_that_stood_still_within_a_login_issues_nothing(
 def listing(store: Store, options: dict[str, Any]) -> dict[str, Any]:
     value = store.get(f"{options['prefix']}slate:_tokens:zed".encode())
     return {} if value is None else {k: v for k, v in json.loads(value).items() if not k.startswith("_")}
+
+
+def test_a_shorter_renewal_does_not_have_a_listing_forget_a_token(
+    slates: Slates, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails between its two writes: the token has its old expiry, and the listing must not have an earlier one."""
+    token = slates.auth.issue("zed", lifetime=14 * 86400)
+
+    def fail(*arguments: Any) -> None:
+        raise StoreUnavailable("between the two")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slates.auth._logins, "modify", fail)
+        with pytest.raises(StoreUnavailable):
+            slates.auth.renew(token, 60)
+    clock.ahead = 2 * tokens.GRACE
+    assert slates.auth.check(token) == "zed"
+    assert slates.auth.revoke_all("zed") == 1
+    assert slates.auth.check(token) is None
+
+
+def test_a_token_can_be_renewed_for_so_long_and_no_longer(slates: Slates, clock: Clock) -> None:
+    token = slates.auth.issue("zed", lifetime=100, longest=150)
+    clock.ahead = 90
+    assert slates.auth.renew(token, lifetime=100)
+    clock.ahead = 149
+    assert slates.auth.renew(token, lifetime=100)
+    clock.ahead = 151
+    assert slates.auth.check(token) is None
+    token = slates.auth.issue("zed", lifetime=100, longest=10)
+    clock.ahead += 11
+    assert slates.auth.check(token) is None
+
+
+def test_the_limit_of_documents_is_not_that_of_tokens(options: dict[str, Any]) -> None:
+    auth = Slates(options["url"], prefix=options["prefix"], max_value=200).auth
+    issued = [auth.issue("é" * 1000) for _ in range(4)]
+    assert auth.revoke_all("é" * 1000) == len(issued)
+    listed = {secrets.token_hex(16): time.time() + n + 0.123456 for n in range(tokens.MAX_TOKENS)}
+    auth._listings.put("zed", listed)
+    assert auth.check(auth.issue("zed")) == "zed"
 
 
 def test_a_listing_forgets_what_has_expired(

@@ -46,6 +46,8 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
     elif path == "/count":
         environ["slates.user"].increment("user", "visits")
     elif path == "/conflict":
+        if environ["QUERY_STRING"]:
+            login.sign_in(environ["QUERY_STRING"])
         raise Conflict(["x"])
     slate = environ["slates.user"]
     text = "nobody" if slate is None else f"{slate.name} {slate.user.get('visits', 0)}"
@@ -106,7 +108,7 @@ def test_who_has_signed_in_is_known_until_he_signs_out(slates: Slates, user: str
 def test_the_cookie_is_for_this_site_and_no_script(slates: Slates) -> None:
     response = TestApp(SlateMiddleware(application, slates, lifetime=1000)).get("/in?zed")
     cookie = the_cookie(response)
-    assert cookie.key == "slate"
+    assert cookie.key == "__Host-slate"
     assert slates.auth.check(cookie.value) == "zed"
     assert cookie["httponly"]
     assert cookie["secure"]
@@ -144,6 +146,14 @@ def test_the_cookie_is_as_asked_for(slates: Slates) -> None:
         ({"cookie": ""}, "cookie"),
         ({"lifetime": 0}, "lifetime"),
         ({"lifetime": float("inf")}, "lifetime"),
+        ({"lifetime": 1e300}, "not possible"),
+        ({"longest": -1}, "not possible"),
+        ({"cookie": "__host-slate", "secure": False}, "secure"),
+        ({"path": "/x; Domain=evil"}, "path"),
+        ({"path": "/x\r\nSet-Cookie: a=b"}, "path"),
+        ({"path": ""}, "path"),
+        ({"domain": "a\r\nb"}, "domain"),
+        ({"domain": "a; Path=/"}, "domain"),
     ],
 )
 def test_what_browsers_would_refuse_is_said_at_the_start(options: dict[str, Any], message: str) -> None:
@@ -185,6 +195,53 @@ def test_signing_in_after_the_answer_has_begun_is_an_error(slates: Slates) -> No
     assert slates.auth.revoke_all("zed") == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ([], "private"),
+        (["public, max-age=60"], "max-age=60, private"),
+        (["no-store"], "no-store, private"),
+        (["Public", 'private="Set-Cookie", s-maxage=5, no-cache'], "no-cache, private"),
+    ],
+)
+def test_no_shared_cache_keeps_a_cookie(slates: Slates, given: list[str], sent: str) -> None:
+    def cached(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/in":
+            environ["slates.login"].sign_in("zed")
+        start_response("200 OK", [("Content-Type", "text/plain"), *(("Cache-Control", value) for value in given)])
+        return [b""]
+
+    somebody = browser(slates, cached)
+    assert somebody.get("/in").headers.getall("Cache-Control") == [sent]
+    assert somebody.get("/").headers.getall("Cache-Control") == given
+
+
+def test_a_login_that_ends_in_a_conflict_leaves_the_one_before(slates: Slates) -> None:
+    somebody = browser(slates)
+    somebody.get("/in?zed")
+    somebody.get("/conflict?ada", status=409)
+    assert somebody.get("/").text == "zed 0"
+
+
+def test_an_answer_that_signs_in_twice_or_out_again_leaves_one_token_or_none(slates: Slates) -> None:
+    def twice(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        login = environ["slates.login"]
+        if environ["PATH_INFO"] != "/":
+            login.sign_in("zed")
+            login.sign_in("zed")
+        if environ["PATH_INFO"] == "/out":
+            login.sign_out()
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b""]
+
+    somebody = browser(slates, twice)
+    for _ in range(2):
+        somebody.get("/in")
+        assert slates.auth.revoke_all("zed", keep=somebody.cookies["slate"]) == 0
+    somebody.get("/out")
+    assert slates.auth.revoke_all("zed") == 0
+
+
 # Round trips and what clients send
 
 
@@ -211,6 +268,7 @@ def test_a_request_costs_one_round_trip_and_none_without_a_cookie(faulty: Faulty
         "slate=\xff\xfe; other=\xc3(",
         "slate; ;;=;",
         "slate=é",
+        "=slate; slate",
     ],
 )
 def test_whatever_a_client_sends_nobody_is_signed_in(slates: Slates, header: str) -> None:
@@ -218,6 +276,17 @@ def test_whatever_a_client_sends_nobody_is_signed_in(slates: Slates, header: str
     response = TestApp(SlateMiddleware(application, slates), environ, lint=False).get("/")
     assert response.text == "nobody"
     assert "Set-Cookie" not in response.headers
+
+
+def test_a_long_cookie_header_is_read_in_no_time(slates: Slates) -> None:
+    """In a time that grows with its length, that is: with its square, these would take an hour."""
+    somebody = browser(slates)
+    somebody.get("/in?zed")
+    for junk in ("x" * 1_000_000, "a=" * 500_000, '"' * 1_000_000, "; " * 500_000, "slate" * 200_000):
+        # Some clients put values in quotation marks.
+        sent = {"HTTP_COOKIE": f'{junk}; slate="{somebody.cookies["slate"]}" ;other=1', "test.slates": slates}
+        middleware = SlateMiddleware(application, slates, secure=False)
+        assert TestApp(middleware, sent, lint=False).get("/").text == "zed 0"
 
 
 # Renewal and expiry
@@ -260,6 +329,37 @@ def test_who_signs_out_in_the_request_that_renews_is_out(slates: Slates, ahead: 
     assert slates.auth.check(token) is None
 
 
+def test_a_renewal_does_not_undo_a_login_in_another_window(slates: Slates, ahead: Callable[[float], None]) -> None:
+    """A slow request began with the old token, which another one ended by signing in; its answer is the last."""
+    somebody = browser(slates, lifetime=1000)
+    somebody.get("/in?zed")
+    ahead(600)
+
+    def slowly(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        assert environ["slates.user"].name == "zed"
+        somebody.get("/in?zed")
+        return application(environ, start_response)
+
+    cookies = {"HTTP_COOKIE": f"slate={somebody.cookies['slate']}"}
+    response = TestApp(SlateMiddleware(slowly, slates, lifetime=1000, secure=False), cookies).get("/")
+    assert response.text == "zed 0"
+    assert "Set-Cookie" not in response.headers
+    assert somebody.get("/").text == "zed 0"
+
+
+def test_who_comes_by_for_ever_signs_in_again_some_day(faulty: FaultyStore, ahead: Callable[[float], None]) -> None:
+    somebody = browser(Slates(faulty), lifetime=1000, longest=1400)
+    somebody.get(f"/in?user{next(_numbers)}")
+    ahead(600)
+    assert "Set-Cookie" in somebody.get("/").headers
+    ahead(1399)
+    faulty.calls.clear()
+    assert somebody.get("/").text != "nobody"
+    assert faulty.calls == ["get", "get"], "there is nothing to renew any more"
+    ahead(1401)
+    assert somebody.get("/").text == "nobody"
+
+
 # Outages
 
 
@@ -299,7 +399,9 @@ def test_an_outage_is_a_503_and_never_nobody(
 
 
 def test_a_conflict_that_nobody_catches_is_a_409(slates: Slates) -> None:
-    assert "load the page again" in browser(slates).get("/conflict", status=409).text
+    text = browser(slates).get("/conflict", status=409).text
+    assert "load the page again" in text
+    assert "not all of it" in text
 
 
 # In an INI file
@@ -308,7 +410,8 @@ def test_a_conflict_that_nobody_catches_is_a_409(slates: Slates) -> None:
 def test_the_middleware_is_a_paste_filter(options: dict[str, Any]) -> None:
     settings = {f"beaker.session.{name}": value for name, value in options.items()}
     more = {"slates.cookie": "who", "slates.lifetime": "100", "slates.secure": "false", "slates.samesite": "Strict"}
-    app = filter_app_factory(application, settings, **more, **{"slates.domain": "", "slates.path": "/"})
+    more |= {"slates.domain": "", "slates.path": "/", "slates.longest": "1000"}
+    app = filter_app_factory(application, settings, **more)
     cookie = the_cookie(TestApp(app).get("/in?zed"))
     assert (cookie.key, cookie["max-age"], cookie["secure"], cookie["samesite"]) == ("who", "200", "", "Strict")
     assert Slates.from_settings(settings).auth.check(cookie.value) == "zed"
