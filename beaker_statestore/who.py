@@ -11,6 +11,7 @@ import click
 from beaker_statestore.console import Output, configured_states, output_option, store_options
 from beaker_statestore.sessions import Sessions
 from beaker_statestore.settings import Settings
+from beaker_statestore.slates import Slates
 
 __all__ = ["revoke", "who"]
 
@@ -66,15 +67,23 @@ def who(settings: Settings, output: Output, address: str, field: str | None) -> 
 @store_options
 @output_option
 def revoke(settings: Settings, output: Output, address: str, field: str | None) -> None:
-    """End all sessions of ADDRESS.
+    """End all sessions of ADDRESS, and all logins to slates.
 
-    Also those that requests are busy with. Mail states stay as they are.
+    Also those that requests are busy with. Mail states and the documents of slates stay as they are.
     """
-    ended = Sessions(_indexed(settings, field)).revoke(address, by=field)
+    logins = Slates(settings).auth.revoke_all(address)
+    # Who only has slates needs no index.
+    ended = (
+        0 if logins and not (settings.index or field) else Sessions(_indexed(settings, field)).revoke(address, by=field)
+    )
     if output.as_json:
-        output.value({"ended": ended})
+        output.value({"ended": ended, "logins": logins})
     else:
-        output.line(f"ended {ended} session{'' if ended == 1 else 's'} of {address}")
+        output.line(f"ended {_counted(ended, 'session')} and {_counted(logins, 'login')} of {address}")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _indexed(settings: Settings, field: str | None) -> Settings:

@@ -13,6 +13,8 @@ from click.testing import CliRunner, Result
 
 from beaker_statestore.cli import main
 from beaker_statestore.router import RouterStateStorage
+from beaker_statestore.settings import Settings
+from beaker_statestore.slates import Slates
 
 
 @pytest.fixture
@@ -63,12 +65,23 @@ def test_for_reading(zed: Session, ini: str) -> None:
     assert "nothing is known of nobody" in run("who", "nobody", "--ini", ini, "--no-json").output
 
 
+def test_revoke_ends_logins_to_slates(ini: str) -> None:
+    auth = Slates(Settings.of(ini)).auth
+    tokens = [auth.issue("zed@example.com") for _ in range(2)]
+    other = auth.issue("ann@example.com")
+    assert lines(run("revoke", "zed@example.com", "--ini", ini)) == [{"ended": 0, "logins": 2}]
+    assert [auth.check(token) for token in (*tokens, other)] == [None, None, "ann@example.com"]
+    text = Path(ini).read_text()
+    Path(ini).write_text(text.replace("beaker.session.index = user", ""))
+    assert lines(run("revoke", "ann@example.com", "--ini", ini)) == [{"ended": 0, "logins": 1}]
+
+
 def test_revoke_ends_sessions_and_leaves_states(zed: Session, ini: str, options: dict[str, Any]) -> None:
-    assert lines(run("revoke", "zed@example.com", "--ini", ini)) == [{"ended": 1}]
+    assert lines(run("revoke", "zed@example.com", "--ini", ini)) == [{"ended": 1, "logins": 0}]
     zed["late"] = True
     zed.save()
     assert lines(run("who", "zed@example.com", "--ini", ini)) == [{"key": "app.news", "state": "MEMBER"}]
-    assert "ended 0 sessions of" in run("revoke", "zed@example.com", "--ini", ini, "--no-json").output
+    assert "ended 0 sessions and 0 logins of" in run("revoke", "zed@example.com", "--ini", ini, "--no-json").output
 
 
 def test_without_an_index_the_states_are_shown_and_the_remedy(zed: Session, options: dict[str, Any], ini: str) -> None:
