@@ -186,8 +186,9 @@ class Collection:
         """`Store.modify`, for a change that must neither be done twice nor be taken for somebody else's.
 
         A swap without an answer may have been carried out, or may yet be, as a stalled server is late. What the store
-        has then must tell: the very record from before says that it can be tried again, a token of ours that it was
-        done, and the newest token from before, without ours, that it was not and never will be.
+        has then must tell: the very record from before says that it can be tried again (that there is none does not:
+        ours may have come and gone), a token of ours that it was done, and the newest token from before, without ours,
+        that it was not and never will be.
 
         :return: what was stored, and False if that is nothing, and nobody knows who has removed the record.
         :raises OutcomeUnknown: there was no answer, and what the store has does not tell.
@@ -198,7 +199,13 @@ class Collection:
         unsure: list[bytes | None] = []
         tries = 0
         while True:
-            new = change(current)
+            try:
+                new = change(current)
+            except Exception as error:
+                # It must not say that nothing was written.
+                if unsure:
+                    raise _unknown(record) from error
+                raise
             if new != current:
                 hint = documents.expires_at(new) if self.store.expires and new is not None else None
                 try:

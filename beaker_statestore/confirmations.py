@@ -136,12 +136,20 @@ class ConfirmationStorage:
         """
 
         def used(document: Document | None) -> Document | None:
-            right = document is not None and hmac.compare_digest(_stored(document).secret.encode(), secret.encode())
+            right = document is not None and hmac.compare_digest(
+                _stored(document).secret.encode("utf-8", "surrogatepass"), secret.encode("utf-8", "surrogatepass")
+            )
             return {"user": user, **document} if document is not None and right else document
 
         document = self._documents.modify(_key(target, from_address), used)
         stored = None if document is None else _stored(document)
-        if stored is None or stored.user != user or not hmac.compare_digest(stored.secret.encode(), secret.encode()):
+        if (
+            stored is None
+            or stored.user != user
+            or not hmac.compare_digest(
+                stored.secret.encode("utf-8", "surrogatepass"), secret.encode("utf-8", "surrogatepass")
+            )
+        ):
             return None
         return stored
 
@@ -207,7 +215,9 @@ class Confirmations:
         For the page that a link leads to: programs that look at mails follow links, but press no buttons.
         """
         stored = self.storage.find(target, address)
-        if stored is None or not hmac.compare_digest(stored.secret.encode(), _hash(secret).encode()):
+        if stored is None or not hmac.compare_digest(
+            stored.secret.encode("utf-8", "surrogatepass"), _hash(secret).encode()
+        ):
             return None
         mine = stored.user is None or (by is not None and stored.user == _hash(by))
         return _claim(target, address, stored) if mine else None

@@ -33,6 +33,8 @@ LOOKED_THROUGH: Final = 256 * 1024
 MULTIPARTS: Final = 50
 #: `QueuedMail.subject`, `from_` and `to` have no more characters than that.
 SHOWN_HEADER: Final = 200
+#: One with more characters is shown as it is: to decode it takes the square of its length.
+DECODED: Final = 4096
 #: An address is looked for in no more characters than that. (One that can be delivered has 254 at most.)
 LONGEST_ADDRESS: Final = 1000
 
@@ -269,7 +271,7 @@ def _readable(header: str, length: int) -> str:
     """A header as people read it, on one line."""
     raw = header[: 4 * length]
     try:
-        text = str(make_header(decode_header(raw)))
+        text = str(make_header(decode_header(raw))) if len(raw) <= DECODED else raw
     except Exception:  # noqa: BLE001 - it names its charset itself, and codecs raise whatever they like
         text = raw
     text = _storable(" ".join(text.split()))

@@ -24,7 +24,7 @@ from urllib.parse import quote, urlsplit
 
 from webob import Request, Response
 
-from beaker_statestore.exceptions import MissingDriverError
+from beaker_statestore.exceptions import ConfigurationError, MissingDriverError
 from beaker_statestore.statistics import EVENTS, GAUGES, extrapolate_statistics, jsonable, own
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ _COUNTERS: Final = {
 }
 #: A page with more rows than this in one table helps nobody; JSON has them all.
 MOST_ROWS: Final = 1000
+MOST_COLUMNS: Final = 50
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --line: #c9ced6; --quiet: #586069; --back: #fff; --card: #f5f7f9; --text: #1b1f24;
@@ -105,10 +106,12 @@ def make_app(*, title: str = "Statistics", hosts: Iterable[str] | None = ()) -> 
     owner lets stand for this address, would read the report through a browser that can reach it (DNS rebinding).
 
     :param title: of the page.
-    :param hosts: besides ``localhost`` and loopback addresses, the names and addresses, without ports, by which
-        browsers come; None: any. That is safe behind access control by cookies or passwords, which browsers send to no
-        other name, and not behind one by addresses, or none.
+    :param hosts: besides ``localhost`` and addresses in digits, which nobody can rebind, the names, without ports, by
+        which browsers come; None: any. That is safe behind access control by cookies or passwords, which browsers send
+        to no other name, and not behind one by addresses, or none.
     """
+    if isinstance(hosts, str):
+        raise ConfigurationError(f"hosts is {hosts!r}: give a list of names, such as [{hosts!r}]")
     admitted = None if hosts is None else frozenset(host.lower().strip("[]") for host in hosts)
     pages: dict[str, tuple[str, Callable[[Request], Response]]] = {
         "/": ("GET", lambda _: _page(title)),
@@ -124,7 +127,7 @@ def make_app(*, title: str = "Statistics", hosts: Iterable[str] | None = ()) -> 
             host = _host(request)
         except ValueError as error:
             return _plain(400, f"The request cannot be read: {error}.")
-        if not (host is None or admitted is None or host in admitted or _is_loopback(host)):
+        if not (host is None or admitted is None or host in admitted or _means_itself(host)):
             return _plain(403, "The report is not at this host; if it is to be, name it in make_app(hosts=...).")
         if not path and mount and not mount.endswith("/"):
             # So that relative links lead to what is below.
@@ -158,9 +161,10 @@ def _host(request: Request) -> str | None:
     return None if authority is None else urlsplit(f"//{authority}").hostname or ""
 
 
-def _is_loopback(host: str) -> bool:
+def _means_itself(host: str) -> bool:
+    """Whether nobody can let this host stand for another."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or bool(ipaddress.ip_address(host))
     except ValueError:
         return False
 
@@ -281,7 +285,8 @@ def _table(name: str, collection: Any) -> str:
     heading = f"<caption>{escape(name)}{'' if rows else ': none'}</caption>"
     if not rows:
         return f'<div class="wide"><table>{heading}</table></div>\n'
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    every = list(dict.fromkeys(column for row in rows.values() for column in row))
+    columns = every[:MOST_COLUMNS]
     numeric = {
         c for c in columns if all(_is_number(row[c]) and not _is_moment(c, row[c]) for row in rows.values() if c in row)
     }
@@ -293,7 +298,12 @@ def _table(name: str, collection: Any) -> str:
         + "</tr>\n"
         for key, row in list(rows.items())[:MOST_ROWS]
     )
-    more = f'<p>{len(rows) - MOST_ROWS:,} more are in <a href="data">JSON</a>.</p>' if len(rows) > MOST_ROWS else ""
+    left_out = [
+        f"{there - shown:,} more {what}"
+        for there, shown, what in ((len(rows), MOST_ROWS, "rows"), (len(every), MOST_COLUMNS, "columns"))
+        if there > shown
+    ]
+    more = f'<p>{" and ".join(left_out)} are in <a href="data">JSON</a>.</p>' if left_out else ""
     return (
         f'<div class="wide" role="region" aria-label="{escape(name)}" tabindex="0"><table>{heading}\n'
         f'<thead><tr><th scope="col">Id</th>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>{more}\n'

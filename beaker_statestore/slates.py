@@ -28,7 +28,7 @@ from typing import Any, Final, TypeVar
 from beaker_statestore import documents, keys, observe
 from beaker_statestore.collection import Collection, birth, born
 from beaker_statestore.documents import COMMIT, EXPIRES, RESERVED, Document
-from beaker_statestore.exceptions import Conflict, DocumentError
+from beaker_statestore.exceptions import Conflict, DocumentError, DocumentRefusedError
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores.base import Store
 from beaker_statestore.tokens import Tokens, check_seconds, valid_name
@@ -160,7 +160,7 @@ class Slate:
         :param lifetime: after how many seconds it expires; None: never.
         """
         _check(lifetime)
-        fields = self._plain(valid_name(name, "a document"), dict(document))
+        fields = self._plain(valid_name(name, "a document"), document)
         if fields:
             self._documents.put(name, born({**fields, **_expiry(lifetime)}))
         else:
@@ -168,7 +168,7 @@ class Slate:
 
     def __delitem__(self, name: str) -> None:
         """:raises KeyError: there is no such document."""
-        if not self._documents.delete(valid_name(name, "a document")):
+        if name not in self or not self._documents.delete(name):
             raise KeyError(name)
 
     def clear(self) -> None:
@@ -220,7 +220,9 @@ class Slate:
             merged = bool(changed_by_others)
             is_late = bool(base) and _is_over(current)
             life = LATE if is_late and isinstance(lifetime, Keep) else lifetime
-            return _dated(documents.merge(base, ours, theirs).document, current if theirs else None, life)
+            kept = {name: value for name, value in theirs.items() if name not in changed}
+            after = {**kept, **{name: ours[name] for name in changed & ours.keys()}}
+            return _dated(after, current if theirs else None, life)
 
         try:
             self._documents.modify(name, committed, known=fetched.stored, own=True)
@@ -291,7 +293,7 @@ class Slate:
         :param lifetime: of a new one, in seconds; None: it never expires.
         """
         _check(lifetime)
-        fields = self._plain(valid_name(name, "a document"), dict(document))
+        fields = self._plain(valid_name(name, "a document"), document)
 
         def unless_there(current: Document | None) -> Document | None:
             return current if _fields(current) or not fields else born({**fields, **_expiry(lifetime)})
@@ -365,14 +367,16 @@ class Slate:
         self._documents.modify(valid_name(name, "a document"), renewed)
         return found
 
-    def _plain(self, name: str, document: Document) -> Document:
+    def _plain(self, name: str, document: Mapping[str, Any]) -> Document:
         """A copy of ``document`` as it will come back from the store.
 
         :raises DocumentRefusedError: it cannot be stored.
         """
+        if not isinstance(document, Mapping):
+            raise DocumentRefusedError(f"the document {name!r} has to be a mapping, not {documents.name_of(document)}")
         root = f"slate[{name!r}]"
         documents.refuse_reserved(document, root)
-        return documents.normalize(document, root, self._max_value)
+        return documents.normalize(dict(document), root, self._max_value)
 
     def _misfit(self, name: str, field: str, value: object, wanted: str) -> DocumentError:
         return DocumentError(f"slate[{name!r}][{field!r}] is {documents.name_of(value)}, not {wanted}")

@@ -41,6 +41,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 #: What cannot end the attribute that it is put into, nor the header (RFC 6265, 4.1.1).
 _PATH: Final = re.compile(r"/[!-:<-~]*", re.ASCII)
 _DOMAIN: Final = re.compile(r"[A-Za-z0-9.-]+", re.ASCII)
+#: One directive of a Cache-Control header; a comma within quotation marks belongs to it.
+_DIRECTIVE: Final = re.compile(r'(?:[^,"]|"[^"]*"?)+')
 #: What would let a shared cache keep an answer, and what `_privately` says itself.
 _CACHED: Final = frozenset({"public", "s-maxage", "private"})
 
@@ -168,7 +170,7 @@ def _finished(environ: dict[str, Any], headers: Headers) -> Headers:
 def _privately(headers: Headers) -> Headers:
     """``headers``, by which no shared cache keeps the answer, and the cookie with it (RFC 9111, 7.3)."""
     others = [(name, value) for name, value in headers if name.lower() != "cache-control"]
-    given = ",".join(value for name, value in headers if name.lower() == "cache-control").split(",")
+    given = _DIRECTIVE.findall(",".join(value for name, value in headers if name.lower() == "cache-control"))
     kept = [text.strip() for text in given if text.strip() and text.partition("=")[0].strip().lower() not in _CACHED]
     return [*others, ("Cache-Control", ", ".join([*kept, "private"]))]
 

@@ -317,8 +317,11 @@ def _is_clients(fault: Fault) -> bool:
 
 def _text(fault: Fault) -> str:
     said = fault.faultstring
-    # What is wrong by an XML schema, Spyne says in bytes.
-    return f"{fault.faultcode}: {said.decode(errors='replace') if isinstance(said, bytes) else said}"
+    try:
+        # What is wrong by an XML schema, Spyne says in bytes.
+        return f"{fault.faultcode}: {said.decode(errors='replace') if isinstance(said, bytes) else said}"
+    except Exception:  # noqa: BLE001 - a defect of the method's, and no reason to stop the worker
+        return f"{type(fault).__name__}: (it cannot be told)"
 
 
 def _check_arguments(ctx: MethodContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -225,7 +225,11 @@ class Tokens:
         self._listings.modify(user, with_key, known=fetched.stored)
 
     def _unlist(self, user: str, ended: Set[str]) -> None:
-        self._listings.modify(user, lambda current: _listing(_listed(current), ended))
+        try:
+            self._listings.modify(user, lambda current: _listing(_listed(current), ended))
+        except DocumentDamagedError as error:
+            # They have ended, and that is what was asked for.
+            log.warning("the listing of a user's login tokens is damaged: %s", error)
 
 
 def _listed(document: Document | None) -> dict[str, float]:

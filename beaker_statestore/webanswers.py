@@ -68,7 +68,14 @@ class OutageFilter:
                 raise
             answer = self._conflict(error) if isinstance(error, Conflict) else self._outage(error)
             return answer(environ, start_response)  # type: ignore[no-any-return]  # WebOb has no hints
-        start.send()
+        except BaseException:
+            _close(body)
+            raise
+        try:
+            start.send()
+        except BaseException:
+            _close(body)
+            raise
         return body
 
     def _outage(self, error: StoreUnavailable) -> HTTPServiceUnavailable:

@@ -12,7 +12,7 @@ import pytest
 
 from beaker_statestore.collection import COMMITS, Collection, birth
 from beaker_statestore.documents import COMMIT, EXPIRES, Document
-from beaker_statestore.exceptions import DocumentDamagedError, OutcomeUnknown, StoreUnavailable
+from beaker_statestore.exceptions import Conflict, DocumentDamagedError, OutcomeUnknown, StoreUnavailable
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
@@ -321,6 +321,26 @@ def test_no_answer_and_then_contention_is_no_doubt_for_good(
 
     assert plain(collection.modify("a", overtaken, own=True)) == {"n": 11}
     assert runs == [1, 2, 10]
+
+
+def test_a_change_that_is_refused_on_a_second_run_does_not_hide_that_the_first_is_in_doubt(
+    faulty: Overtaken, lose_swaps: Callable[[], Callable[[], None]]
+) -> None:
+    collection = over(faulty)
+    collection.modify("a", plus_one, own=True)
+    faulty.rival = lose_swaps()
+    runs = 0
+
+    def once(document: Document | None) -> Document | None:
+        nonlocal runs
+        runs += 1
+        if runs > 1:
+            raise Conflict(["n"])
+        return plus_one(document)
+
+    with pytest.raises(OutcomeUnknown) as raised:
+        collection.modify("a", once, own=True)
+    assert isinstance(raised.value.__cause__, Conflict)
 
 
 def test_a_take_whose_answer_was_lost_is_not_said_to_have_succeeded(faulty: Overtaken) -> None:

@@ -22,7 +22,7 @@ from webob import Request
 from webtest import TestApp
 
 from beaker_statestore import observe, statistics
-from beaker_statestore.exceptions import MissingDriverError
+from beaker_statestore.exceptions import ConfigurationError, MissingDriverError
 from beaker_statestore.report import make_app, prometheus
 from beaker_statestore.statistics import Statistics
 from tests.test_demo_browser import JUDGE, PATIENCE, QUIET
@@ -170,7 +170,9 @@ def test_a_request_that_cannot_be_read_is_told_so(own: Statistics, environ: dict
         ("[::1]:8081", (), 200),
         ("shop.example", ["Shop.example"], 200),
         ("shop.example:8443", ["shop.example"], 200),
-        ("[2001:db8::1]", ["2001:db8::1"], 200),
+        ("[2001:db8::1]", (), 200),
+        ("10.0.0.5:8081", (), 200),
+        ("10.0.0.5.evil.example", (), 403),
         ("127.0.0.1", ["shop.example"], 200),
         ("any.example", None, 200),
         ("evil.example", (), 403),
@@ -186,6 +188,18 @@ def test_a_name_that_is_not_the_applications_own_is_refused(
     web = TestApp(make_app(hosts=hosts), extra_environ={"HTTP_HOST": host, "REMOTE_ADDR": "127.0.0.1"})
     web.get("/data", status=status)
     web.post("/pause", {"namespace": "beaker_statestore"}, status=status if status == 403 else 303)
+
+
+def test_hosts_are_a_list(own: Statistics) -> None:
+    with pytest.raises(ConfigurationError, match=r"\['shop.example'\]"):
+        make_app(hosts="shop.example")
+
+
+def test_a_table_of_many_columns_is_cut(own: Statistics) -> None:
+    own.namespace["Odd"] = {str(row): {f"{row}.{column}": 1 for column in range(100)} for row in range(100)}
+    page = TestApp(make_app()).get("/")
+    assert "9,950 more columns" in page.text
+    assert len(page.body) < 1_000_000
 
 
 def test_what_says_no_host_is_no_browser(own: Statistics) -> None:

@@ -218,6 +218,14 @@ def test_what_json_cannot_hold_is_refused_by_name(slate: Slate, write: str, valu
     assert slate.names() == []
 
 
+@pytest.mark.parametrize(("document", "kind"), [([("a", 1)], "a list"), ("text", "a str"), (None, "a NoneType")])
+def test_a_document_has_to_be_a_mapping(slate: Slate, document: Any, kind: str) -> None:
+    for write in (slate.__setitem__, slate.setdefault):
+        with pytest.raises(DocumentRefusedError, match=f"^the document 'a' has to be a mapping, not {kind}$"):
+            write("a", document)
+    assert slate.names() == []
+
+
 @pytest.mark.parametrize("write", ["put", "edit", "modify", "append", "setdefault"])
 def test_our_own_fields_names_are_refused(slate: Slate, write: str) -> None:
     with pytest.raises(DocumentRefusedError, match="_expires"):
@@ -323,6 +331,17 @@ def test_two_who_count_to_the_same_number_conflict(slate: Slate) -> None:
     with pytest.raises(Conflict, match="'n'"):
         overlapping()
     assert slate["a"] == {"n": 2}
+
+
+def test_what_sessions_call_times_are_fields_like_any_others(slate: Slate) -> None:
+    slate["moved"] = {"_creation_time": 10.0, "_accessed_time": 10.0, "x": 1}
+    with slate.edit("moved") as document:
+        document["_accessed_time"] = 5.0
+        del document["_creation_time"]
+    assert slate["moved"] == {"_accessed_time": 5.0, "x": 1}
+    with slate.edit("moved") as document:
+        document.clear()
+    assert "moved" not in slate
 
 
 def test_two_may_remove_the_same_field(slate: Slate) -> None:
@@ -697,6 +716,16 @@ def test_what_cannot_be_a_token_costs_no_round_trip(faulty: FaultyStore, token: 
     assert faulty.calls == []
     assert auth.check("x" * 43) is None
     assert faulty.calls == ["get"]
+
+
+def test_a_damaged_listing_does_not_keep_anybody_signed_in(
+    slates: Slates, store: Store, options: dict[str, Any]
+) -> None:
+    token = slates.auth.issue("zed")
+    (listing,) = store.keys(f"{options['prefix']}slate:_tokens:".encode())
+    store.put(listing, b"junk")
+    assert slates.auth.revoke(token)
+    assert slates.auth.check(token) is None
 
 
 def test_half_a_hash_is_not_enough(slates: Slates, store: Store, options: dict[str, Any]) -> None:

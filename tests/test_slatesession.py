@@ -202,6 +202,7 @@ def test_signing_in_after_the_answer_has_begun_is_an_error(slates: Slates) -> No
         (["public, max-age=60"], "max-age=60, private"),
         (["no-store"], "no-store, private"),
         (["Public", 'private="Set-Cookie", s-maxage=5, no-cache'], "no-cache, private"),
+        (['private="X-A, X-B", no-store'], "no-store, private"),
     ],
 )
 def test_no_shared_cache_keeps_a_cookie(slates: Slates, given: list[str], sent: str) -> None:

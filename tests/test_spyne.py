@@ -504,6 +504,25 @@ def test_a_bad_call_is_not_passed_over_when_it_cannot_be_put_away(
     assert did == ["next"]
 
 
+class SpeechlessError:
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_a_fault_without_words_is_a_dead_letter_too(queue: Queue) -> None:
+    def does(ctx: MethodContext, text: str) -> None:
+        if text == "bad":
+            raise Fault("Client.Odd", SpeechlessError())
+        did.append(text)
+
+    did: list[str] = []
+    for text in ("bad", "good"):
+        Producer(queue, application()).service.note(text)
+    with serving(consumer(queue, application(does), retries=0)):
+        wait_for(lambda: did == ["good"])
+    assert [letter.number for letter in dead(queue)] == [1]
+
+
 def test_a_dead_letter_can_be_delivered_once_more(queue: Queue) -> None:
     known: list[str] = []
     did: list[str] = []

@@ -303,6 +303,30 @@ def test_other_errors_are_none_of_the_filters_business() -> None:
         TestApp(OutageFilter(broken)).get("/")
 
 
+@pytest.mark.parametrize("fails", ["before its first chunk", "as it starts"])
+def test_an_answer_that_breaks_off_is_closed(fails: str) -> None:
+    closed = []
+
+    class Body:
+        def __iter__(self) -> Iterator[bytes]:
+            raise ValueError("before its first chunk")
+
+        def close(self) -> None:
+            closed.append(True)
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Body:
+        if fails == "as it starts":
+            start_response("200 OK", [])
+        return Body()
+
+    def start(*arguments: Any) -> Any:
+        raise ValueError("as it starts")
+
+    with pytest.raises(ValueError, match=fails):
+        OutageFilter(application)({}, start)
+    assert closed == [True]
+
+
 def test_a_streaming_answer_streams_and_is_closed() -> None:
     events: list[str] = []
 
