@@ -2,12 +2,14 @@
 
 A cursor is a document, ``consumer=<name>``::
 
-    {"next": 17, "owner": "<random token>", "beat": 42, "tries": 1, "error": "...", "missed": 0, "again": [], "at": ...}
+    {"next": 17, "enrolment": "<random token>", "owner": "<random token>", "lease": 30.0, "beat": 42,
+     "tries": 1, "error": "...", "missed": 0, "again": [], "at": ...}
 
 Whoever has its own token there is the holder; every change is a compare-and-swap that expects it to be there still. So
 one that has lost the lease can change nothing any more, however late it wakes up. Others stand by: when the record has
-stood unchanged for the length of the lease by their own monotonic clock, they put their token there (as in
-`beaker_statestore.locks`). ``beat`` makes each version of the record another one; ``at`` is for people only.
+stood unchanged for the length of the holder's lease by their own monotonic clock, they put their token there (as in
+`beaker_statestore.locks`). A cursor of another ``enrolment`` than the queue's head has is one of a consumer that was
+forgotten, and void. ``beat`` makes each version of the record another one; ``at`` is for people only.
 
 It must not know any framework or engine.
 """
@@ -21,15 +23,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from types import TracebackType
 from typing import Final, Literal, TypeAlias
+from weakref import WeakSet
 
 from beaker_statestore import observe
 from beaker_statestore.deadletters import DeadLetters
 from beaker_statestore.exceptions import ConfigurationError, OutcomeUnknown, StateStoreError, StoreUnavailable
 from beaker_statestore.queuelog import QueueLog
-from beaker_statestore.queuerecords import Cursor, DeadLetter, Entry, Message, time_of, valid_name
+from beaker_statestore.queuerecords import Cursor, DeadLetter, Entry, Message, is_number, time_of, valid_name, whole
 
 __all__ = ["Consumer", "LeaseLost", "Start"]
 
@@ -37,10 +41,12 @@ log = logging.getLogger(__name__)
 
 Start: TypeAlias = int | Literal["now", "beginning"]
 
-#: A wait in the store is cut into pieces of so many seconds, so that `Consumer.stop` is heard in between.
+#: A wait is cut into pieces of so many seconds; in between, one looks at the cursor, and whether one was stopped.
 SLICE: Final = 1.0
-#: Of a lease: the holder writes at least so often, and those who stand by look.
+#: Of a lease: the holder writes at least so often.
 BEATS: Final = 3
+#: How often one who finds nothing looks whether there is something behind a gap, in seconds.
+FAR_LOOK: Final = 10.0
 #: How many messages are read at once, at first and at least.
 FEW: Final = 8
 #: How many bytes of messages are read ahead, more or less.
@@ -49,12 +55,17 @@ READ_AHEAD: Final = 4 * 1024 * 1024
 ERROR_LENGTH: Final = 1000
 #: The most dead letters of one consumer. Then it stands still until somebody has looked.
 MAX_DEAD: Final = 10_000
+#: They are counted when there are so many more, as that takes a scan.
+UNCOUNTED: Final = 100
 #: How long `Consumer.__iter__` pauses when the store fails, in seconds.
 PAUSE: Final = 1.0
 
 
 class LeaseLost(StateStoreError):  # noqa: N818 - what happened, and often nobody's fault
-    """Another process has taken over meanwhile, and will handle the message (again); nothing was changed."""
+    """Another process has taken over meanwhile, and will handle the message (again); nothing was changed.
+
+    Or the consumer was forgotten, or the store has lost records; then it begins anew.
+    """
 
 
 @dataclass(slots=True)
@@ -67,14 +78,28 @@ class _Holding:
     stored: bytes | None
     #: When it was last written, on the monotonic clock.
     since: float
-    process: int
+    #: Behind the highest number that has been acknowledged, whether the record says so or that was lost.
+    acknowledged: int = 0
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Somebody else's lease."""
+
+    record: bytes | None
+    #: Since when it has been the same, and when that was last seen, on the monotonic clock.
+    since: float
+    looked: float
+    #: It was not looked at for so long that an outage may have kept its holder from writing.
+    pardoned: bool = False
 
 
 class Consumer:
     """One who gets every message of a queue, in order, at least once. Made by `Queue.consumer`.
 
     Objects of the same queue and name, in any process, share one cursor: one of them has the lease and gets messages,
-    the others stand by. One object is meant for one thread; `stop` and `close` may be called from any.
+    the others stand by. One object is meant for one thread, as to acknowledge a message is to acknowledge all before
+    it; `stop` and `close` may be called from any. A child of a fork has none of its parent's leases.
     """
 
     def __init__(
@@ -90,33 +115,46 @@ class Consumer:
         prefetch: int = 100,
     ) -> None:
         for option, value in (("lease", lease), ("backoff", backoff), ("longest_backoff", longest_backoff)):
-            if not 0 < value < float("inf"):
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ConfigurationError(f"{option} is {value!r}: give a number of seconds above 0")
-        if retries < 0 or prefetch < 1:
-            raise ConfigurationError(f"retries is {retries} and prefetch {prefetch}: give 0 or more, and 1 or more")
         self.name = valid_name(name, "consumer")
         self._queue = queue
         self._lease = lease
-        self._retries = retries
+        self._retries = whole(retries, "retries", 0)
         self._backoff = backoff
         self._longest_backoff = longest_backoff
-        self._prefetch = prefetch
+        self._prefetch = whole(prefetch, "prefetch")
         self._dead = DeadLetters(queue, self.name)
         self._key = f"consumer={self.name}"
         self._record = queue.documents.records.record(self._key)
-        self._holding: _Holding | None = None
-        #: Of somebody else's lease: the record, and since when it has stood so, on the monotonic clock.
-        self._seen: tuple[bytes | None, float] = (None, 0.0)
-        self._attempt: _Holding | None = None
+        self._holding: _Holding | None
+        self._seen: _Seen | None
         self._position = 0
+        #: Of the message before the position, if that has been read.
+        self._token: str | None = None
         self._ahead: deque[Entry] = deque()
         self._count = min(FEW, prefetch)
+        self._far_at = 0.0
+        #: Up to this number, what was missed has been counted.
+        self._counted = 0
+        #: So many more dead letters may be made before they are counted.
+        self._room = 0
         self._not_before = 0.0
         self._setbacks = 0
+        self._begin_process()
+        queue.enrol(self.name, self._number(start))
+        _consumers.add(self)
+
+    def _begin_process(self) -> None:
+        """What belongs to one process; after a fork it may be held by threads that the child does not have."""
+        self._holding = self._seen = None
+        #: The token for the next lease. It stays until we have that: a bid may be carried out long after its answer
+        #: was lost, and is to be known again then.
+        self._bid = secrets.token_hex(16)
+        self._ahead.clear()
         self._stopped = threading.Event()
         self._lock = threading.RLock()
-        self._start = self._number(start)
-        queue.enrol(self.name, self._start)
+        self._running = threading.Lock()
 
     def _number(self, start: Start) -> int | None:
         """None: the floor."""
@@ -124,7 +162,7 @@ class Consumer:
             return self._queue.end()
         if start == "beginning":
             return None
-        if not isinstance(start, int) or start < 1:
+        if not is_number(start):
             raise ConfigurationError(f"start is {start!r}: write 'now', 'beginning' or a number from 1 on")
         return min(start, self._queue.end())
 
@@ -154,11 +192,11 @@ class Consumer:
                 position = self._position
             if isinstance(found, Message):
                 return found
-            left = min(deadline - time.monotonic(), self._lease / BEATS)
+            left = min(deadline - time.monotonic(), self._lease / BEATS, SLICE)
             if left <= 0:
                 return None
             if found is None:
-                self._queue.wait(position, min(left, SLICE))
+                self._queue.wait(position, left)
             else:
                 self._stopped.wait(min(left, found))
         return None
@@ -166,10 +204,8 @@ class Consumer:
     def _look(self) -> Message | float | None:
         """A message, or how many seconds to wait, or None to wait for the message at the position."""
         while True:
-            if self._holding is None or self._holding.process != os.getpid():
-                self._forget_holding()
-                if not self._take():
-                    return self._lease / BEATS
+            if self._holding is None and not self._take():
+                return SLICE
             holding = self._held()
             if time.monotonic() - holding.since > self._lease / BEATS:
                 self._change(lambda cursor: cursor)
@@ -183,8 +219,14 @@ class Consumer:
                 return None
             if not self._ahead:
                 continue
+            if self._ahead[0].is_tombstone:
+                missing = list(takewhile(lambda entry: entry.is_tombstone, self._ahead))
+                self._pass_over(missing[-1].number + 1, "are missing in the store")
+                for _ in missing:
+                    self._ahead.popleft()
+                continue
             entry = self._ahead.popleft()
-            self._position = entry.number + 1
+            self._position, self._token = entry.number + 1, entry.token
             cursor = holding.cursor
             tries = cursor.tries if entry.number == cursor.next else 0
             if entry.document is not None and tries <= self._retries:
@@ -195,23 +237,25 @@ class Consumer:
         """It is handled, and so are all before it: none of them comes again.
 
         :raises LeaseLost: another process has the lease; the message comes to it.
-        :raises StoreUnavailable: the store failed, and the message may come again. To acknowledge a later one does for
-            both.
+        :raises StoreUnavailable: the store failed, and if this process ends before it could say so again, the message
+            comes again.
         """
         with self._lock:
-            cursor = self._of(message).cursor
+            holding = self._of(message)
             if message.redelivered:
                 self._dead.discard(message.number)
-            elif message.number >= cursor.next:
+            elif message.number >= holding.cursor.next:
                 self._setbacks = 0
-                self._change(lambda cursor: cursor.moved(message.number + 1))
+                holding.acknowledged = max(holding.acknowledged, message.number + 1)
+                self._change(lambda cursor: cursor)
             observe.count("fanout.acknowledged")
 
     def retry(self, message: Message, error: object) -> None:
         """It could not be handled: deliver it again after a pause, and nothing else before. All before it are handled.
 
         The pauses grow from ``backoff`` to ``longest_backoff`` seconds. A message that has failed ``retries`` times and
-        once more goes to the dead letters; a dead letter that was delivered once more stays one.
+        once more goes to the dead letters; a dead letter that was delivered once more stays one. What has been
+        acknowledged, itself or by a later one, counts as handled, and nothing is done.
 
         :param error: what went wrong. A `StoreUnavailable` is not the message's fault, so it is not counted.
         :raises LeaseLost: another process has the lease; the message comes to it.
@@ -219,7 +263,8 @@ class Consumer:
         """
         text = _text(error)
         with self._lock:
-            self._of(message)
+            if self._is_done(message):
+                return
             if message.redelivered:
                 letter = self._dead.get(message.number)
                 if letter is not None:
@@ -250,7 +295,8 @@ class Consumer:
             self.retry(message, error)
             return
         with self._lock:
-            self._of(message)
+            if self._is_done(message):
+                return
             self._return_to(message.number)
             self._change(lambda cursor: replace(cursor.moved(message.number), error=_text(error)))
             self._bury(Entry(message.number, {"body": message.body, "at": message.pushed_at}), message.attempt)
@@ -277,7 +323,20 @@ class Consumer:
                 yield message
 
     def run(self, handler: Callable[[Message], object]) -> None:
-        """Call ``handler`` with each message until `stop`, and acknowledge it; if it raises, `retry` it."""
+        """Call ``handler`` with each message until `stop`, and acknowledge it; if it raises, `retry` it.
+
+        :raises ConfigurationError: it runs already, in another thread.
+        """
+        if not self._running.acquire(blocking=False):
+            raise ConfigurationError(
+                f"{self} runs already; one object is for one thread, so let each have its own, by queue.consumer()"
+            )
+        try:
+            self._run(handler)
+        finally:
+            self._running.release()
+
+    def _run(self, handler: Callable[[Message], object]) -> None:
         for message in self:
             try:
                 try:
@@ -294,7 +353,10 @@ class Consumer:
         self._stopped.set()
 
     def close(self) -> None:
-        """`stop`, and give the lease up, so that another can go on at once. Never raises for a store that fails."""
+        """`stop`, and give the lease up, so that another goes on within about a second, if not at once.
+
+        Never raises for a store that fails.
+        """
         self.stop()
         with self._lock:
             if self._holding is None:
@@ -320,30 +382,67 @@ class Consumer:
 
     def _fetch(self) -> bool:
         """Read what comes next; False: there is nothing (yet). Afterwards there may be nothing, too, and more to do."""
-        page = self._queue.read(self._position, self._count)
-        if page.floor > self._position:
-            self._pass_over(page.floor, "were forgotten before it had seen them")
+        holding = self._held()
+        far = time.monotonic() >= self._far_at
+        page = self._queue.read(self._position, self._count, beside=self._record, far=far)
+        enrolment = page.head.consumers.get(self.name)
+        if enrolment is None or enrolment.token != holding.cursor.enrolment:
+            self._change(lambda cursor: replace(cursor, owner=None))
+            self._forget_holding()
+            raise LeaseLost(f"{self} was forgotten while it ran")
+        if page.beside != holding.stored:
+            self._change(lambda cursor: cursor)  # to see what it is; perhaps the lease is gone
             return True
-        if page.entries:
-            largest = max(entry.size for entry in page.entries)
-            more = self._count * 2 if len(page.entries) == self._count else len(page.entries) * 2
-            self._count = max(1, min(max(more, FEW), self._prefetch, READ_AHEAD // max(1, largest)))
-            self._ahead.extend(page.entries)
+        if page.head.floor > self._position:
+            self._pass_over(page.head.floor, "were forgotten before it had seen them")
             return True
-        if page.known is not None and page.known > self._position:
-            behind = self._queue.after_gap(self._position, page.known)
-            if behind is not None:
-                observe.count("fanout.gaps")
-                self._pass_over(behind, "are missing in the store")
-                return True
-        return False
+        if page.is_torn or (self._token is not None and page.token_before not in (None, self._token)):
+            self._turn_back(page.is_torn)
+            return True
+        if not page.entries:
+            if far:
+                self._far_at = time.monotonic() + FAR_LOOK
+            return False
+        largest = max(entry.size for entry in page.entries)
+        more = self._count * 2 if len(page.entries) == self._count else len(page.entries) * 2
+        self._count = max(1, min(max(more, FEW), self._prefetch, READ_AHEAD // max(1, largest)))
+        self._ahead.extend(page.entries)
+        return True
+
+    def _turn_back(self, only_gone: bool) -> None:
+        """The message before the position is gone, and the floor is not above it; or there is another."""
+        end, floor = self._queue.end(), self._queue.head().floor
+        if floor >= self._position:
+            return  # a trimmer was there
+        if only_gone and end >= self._position:
+            # So that nobody writes where we have been.
+            if not self._queue.add_tombstone(self._position - 1):
+                self._return_to(self._position - 1)
+            return
+        # Whoever pushes now does so behind us. What was received is worth no acknowledgement any more.
+        self._held().acknowledged = 0
+        self._change(lambda cursor: replace(cursor, next=floor, tries=0, error=None, owner=None))
+        observe.count("fanout.gaps")
+        log.error(
+            "the store has lost records: %s was at message %d, and the queue ends at %d; it goes on at the oldest, %d",
+            self,
+            self._position,
+            end,
+            floor,
+        )
+        self._counted = 0
+        self._forget_holding()
+        raise LeaseLost(f"{self} begins anew at message {floor}")
 
     def _pass_over(self, number: int, what: str) -> None:
-        lost = number - self._position
-        log.error("%s goes on at message %d: %d %s", self, number, lost, what)
-        self._change(lambda cursor: replace(cursor.moved(number), missed=cursor.missed + lost))
+        """Go on at ``number``."""
+        first = self._position
+        lost = max(0, number - max(first, self._counted))
+        self._change(lambda cursor: replace(cursor.passed(first, number), missed=cursor.missed + lost))
+        log.error("%s goes on at message %d: %d %s", self, number, number - first, what)
         observe.count("fanout.missed", lost)
-        self._position = number
+        self._counted = max(self._counted, number)
+        self._position, self._token = number, None
 
     def _again(self, number: int) -> Message | None:
         """A dead letter that is to be delivered once more."""
@@ -357,7 +456,7 @@ class Consumer:
 
     def _bury(self, entry: Entry, tries: int) -> None:
         """Make a dead letter of a message, and go on behind it."""
-        if len(self._dead.numbers()) >= MAX_DEAD:
+        if not self._has_room():
             log.error("%s has %d dead letters, and stands still until some are gone", self, MAX_DEAD)
             self._return_to(entry.number)
             self._not_before = time.monotonic() + self._longest_backoff
@@ -375,14 +474,24 @@ class Consumer:
         )
         self._return_to(entry.number)
         self._dead.put(letter)
-        self._change(lambda cursor: cursor.moved(entry.number + 1))
+        self._change(lambda cursor: cursor.passed(entry.number, entry.number + 1))
         self._position = entry.number + 1
+        self._room -= 1
         self._setbacks = 0
         observe.count("fanout.dead_letters")
         log.error("%s gave up message %d after %d tries: %s", self, entry.number, tries, letter.error)
 
+    def _has_room(self) -> bool:
+        """Whether there may be one more dead letter."""
+        if self._room <= 0:
+            try:
+                self._room = min(UNCOUNTED, MAX_DEAD - len(self._dead.numbers()))
+            except ConfigurationError:  # a store that cannot list its keys
+                self._room = UNCOUNTED
+        return self._room > 0
+
     def _return_to(self, number: int) -> None:
-        self._position = number
+        self._position, self._token = number, None
         self._ahead.clear()
 
     def _pause(self, setbacks: int) -> float:
@@ -392,48 +501,49 @@ class Consumer:
 
     def _take(self) -> bool:
         """Whether the lease could be had."""
-        current = self._queue.store.get(self._record)
-        attempt = self._attempt
-        if attempt is None or current != attempt.stored or attempt.process != os.getpid():
-            attempt = self._bid(current)
-            if attempt is None:
+        began = time.monotonic()
+        stored = self._queue.store.get(self._record)
+        cursor = self._decoded(stored)
+        if cursor is None or cursor.owner != self._bid:
+            if cursor is not None and cursor.owner is not None and not self._stood(stored, cursor.lease):
                 return False
-        self._attempt = None
-        self._holding = attempt
-        self._return_to(attempt.cursor.next)
-        self._setbacks = attempt.cursor.tries
-        self._not_before = attempt.since + self._pause(self._setbacks) if self._setbacks else 0.0
+            # After the record, so that this is no older.
+            enrolment = self._queue.enrol(self.name, None)
+            if cursor is None or cursor.enrolment != enrolment.token:
+                cursor = Cursor(enrolment.start, enrolment.token)
+            elif cursor.owner is not None:
+                # Most likely it died or hung while it handled that message, which then has something to do with it.
+                observe.count("fanout.taken_over")
+                there = bool(self._queue.read(cursor.next, 1).entries)
+                cursor = replace(cursor, tries=cursor.tries + there)
+            cursor = replace(
+                cursor, owner=self._bid, lease=float(self._lease), beat=cursor.beat + 1, at=round(time.time(), 3)
+            )
+            before, stored = stored, self._encoded(cursor)
+            try:
+                taken = self._queue.store.compare_and_swap(self._record, before, stored)
+            except OutcomeUnknown:
+                taken = self._queue.store.get(self._record) == stored
+            if not taken:
+                return False
+        self._holding = _Holding(self._bid, cursor, stored, began)
+        self._bid = secrets.token_hex(16)
+        self._return_to(cursor.next)
+        self._setbacks = cursor.tries
+        self._not_before = began + self._pause(self._setbacks) if self._setbacks else 0.0
         return True
 
-    def _bid(self, current: bytes | None) -> _Holding | None:
-        """The lease, had in place of ``current``; None: it is another's."""
-        before = self._decoded(current)
-        if before is None:
-            before = Cursor(self._queue.enrol(self.name, self._start))
-        elif before.owner is not None:
-            if not self._stood(current):
-                return None
-            # Most likely it died or hung while it handled that message, which then has something to do with it.
-            observe.count("fanout.taken_over")
-            there = bool(self._queue.read(before.next, 1).entries)
-            before = replace(before, tries=before.tries + there)
-        token = secrets.token_hex(16)
-        cursor = replace(before, owner=token, beat=before.beat + 1, at=time.time())
-        new = self._encoded(cursor)
-        self._attempt = _Holding(token, cursor, new, time.monotonic(), os.getpid())
-        try:
-            taken = self._queue.store.compare_and_swap(self._record, current, new)
-        except OutcomeUnknown:
-            taken = self._queue.store.get(self._record) == new
-        return self._attempt if taken else None
-
-    def _stood(self, current: bytes | None) -> bool:
-        """Whether the record has been the same for the length of the lease."""
+    def _stood(self, current: bytes | None, lease: float) -> bool:
+        """Whether the record has been the same for the length of its holder's lease."""
         now = time.monotonic()
-        seen, since = self._seen
-        if seen != current:
-            self._seen = seen, since = current, now
-        return now - since >= self._lease
+        seen = self._seen
+        if seen is None or seen.record != current:
+            seen = self._seen = _Seen(current, now, now)
+        elif now - seen.looked > 2 * lease / BEATS and not seen.pardoned:
+            # Once: a second time it would have written, and who looks once a minute shall have the lease some day.
+            seen.since, seen.pardoned = now, True
+        seen.looked = now
+        return now - seen.since >= lease
 
     def _held(self) -> _Holding:
         """The lease that we have.
@@ -441,7 +551,7 @@ class Consumer:
         :raises LeaseLost: we have none.
         """
         holding = self._holding
-        if holding is None or holding.process != os.getpid():
+        if holding is None:
             raise LeaseLost(f"{self} has no lease: it was closed, or another has it now")
         return holding
 
@@ -450,6 +560,17 @@ class Consumer:
         if message.lease != holding.token:
             raise LeaseLost(f"{self} has lost and taken the lease again since it got message {message.number}")
         return holding
+
+    def _is_done(self, message: Message) -> bool:
+        """Whether it has been acknowledged, and so have all before it.
+
+        :raises LeaseLost: it was not delivered under the lease that we have.
+        """
+        holding = self._of(message)
+        done = not message.redelivered and message.number < max(holding.cursor.next, holding.acknowledged)
+        if done:
+            log.warning("%s has acknowledged message %d, or a later one, so it counts as handled", self, message.number)
+        return done
 
     def _change(self, change: Callable[[Cursor], Cursor]) -> Cursor:
         """Change the record, if we have the lease still; what it says now."""
@@ -460,6 +581,7 @@ class Consumer:
             cursor = self._decoded(current)
             if cursor is None or cursor.owner != holding.token:
                 raise LeaseLost(f"{self} has lost its lease: another has taken over, or it was forgotten")
+            cursor = cursor.moved(holding.acknowledged)
             return self._encoded(replace(change(cursor), beat=cursor.beat + 1, at=time.time()))
 
         try:
@@ -483,7 +605,7 @@ class Consumer:
         return None if document is None else Cursor.of(document)
 
     def _encoded(self, cursor: Cursor) -> bytes:
-        return self._queue.documents.codec.encode(asdict(cursor), self._record, self._key)
+        return self._queue.documents.codec.encode(cursor.document, self._record, self._key)
 
 
 def _text(error: object) -> str:
@@ -495,3 +617,14 @@ def _text(error: object) -> str:
     if isinstance(error, BaseException):
         text = f"{type(error).__name__}: {text}"
     return text[:ERROR_LENGTH].encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+_consumers: WeakSet[Consumer] = WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for consumer in _consumers:
+        consumer._begin_process()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from beaker_statestore.exceptions import DocumentDamagedError
 from beaker_statestore.queuelog import QueueLog
-from beaker_statestore.queuerecords import DeadLetter
+from beaker_statestore.queuerecords import DeadLetter, number_in, whole
 
 __all__ = ["DeadLetters"]
 
@@ -22,7 +22,7 @@ class DeadLetters:
     def numbers(self) -> list[int]:
         """Of all of them, in order. Not for hot paths."""
         found = (key.removeprefix(self._start) for key in self._queue.keys(self._start))
-        return sorted({int(number) for number in found if number.isdigit()})
+        return sorted({number for text in found if (number := number_in(text)) is not None})
 
     def __iter__(self) -> Iterator[DeadLetter]:
         for number in self.numbers():
@@ -31,14 +31,12 @@ class DeadLetters:
                 yield letter
 
     def get(self, number: int) -> DeadLetter | None:
-        """The one of this number; None: there is none."""
-        document = self._queue.documents.read(self._key(number))
-        if document is None:
-            return None
+        """The one of this number; None: there is none. One that cannot be read is ``damaged``, and says why."""
         try:
-            return DeadLetter(**document)
-        except TypeError:
-            raise DocumentDamagedError(f"it is a document, but no dead letter: {self._key(number)}") from None
+            document = self._queue.documents.read(self._key(number))
+            return None if document is None else DeadLetter.of(document)
+        except DocumentDamagedError as error:
+            return DeadLetter(number, None, 0.0, f"this dead letter is damaged: {error}", 0, 0.0, damaged=True)
 
     def put(self, letter: DeadLetter) -> None:
         """Keep ``letter``; doing so twice does no harm."""
@@ -49,4 +47,4 @@ class DeadLetters:
         return self._queue.documents.delete(self._key(number))
 
     def _key(self, number: int) -> str:
-        return f"{self._start}{number:016d}"
+        return f"{self._start}{whole(number, 'a dead letter', 0):016d}"

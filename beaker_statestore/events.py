@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, Final
 
 from beaker_statestore import observe
-from beaker_statestore.exceptions import StateStoreError
+from beaker_statestore.exceptions import StateStoreError, StoreUnavailable
 from beaker_statestore.fanout import Queue
 from beaker_statestore.settings import Settings
 
@@ -26,12 +26,16 @@ __all__ = ["Events"]
 
 log = logging.getLogger(__name__)
 
+#: For how long nothing is published after the store has failed, in seconds: who waits for it is somebody's request.
+SILENCE: Final = 5.0
+
 
 class Events:
     """Publishes to a queue. It never stands in the way of what it tells: a full queue forgets its oldest messages."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
+        self._silent_until = 0.0
 
     @classmethod
     def of(cls, settings: Settings) -> Events | None:
@@ -46,12 +50,20 @@ class Events:
     def publish(self, kind: str, **fields: Any) -> None:
         """Tell that something of this ``kind`` has happened. Never raises for a store that fails: it has, all the same.
 
+        If the store fails (a server that hangs takes its deadline for that), the events of the next `SILENCE` seconds
+        are lost at once.
+
         :param fields: JSON values. In text, what UTF-8 cannot express (mail headers have it) is escaped.
         """
+        if time.monotonic() < self._silent_until:
+            observe.count("events.lost")
+            return
         told = {name: _expressible(value) for name, value in fields.items()}
         try:
             self.queue.push({"event": kind, "at": round(time.time(), 3), **told})
         except StateStoreError as error:
+            if isinstance(error, StoreUnavailable):
+                self._silent_until = time.monotonic() + SILENCE
             observe.count("events.lost")
             log.warning("nobody is told of an event (%s): %s", kind, error)
 

@@ -19,17 +19,19 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from beaker_statestore import observe
-from beaker_statestore.consumers import FEW, SLICE, Consumer, LeaseLost, Start
+from beaker_statestore.consumers import FAR_LOOK, FEW, SLICE, Consumer, LeaseLost, Start
 from beaker_statestore.deadletters import DeadLetters
 from beaker_statestore.documents import Document
 from beaker_statestore.exceptions import ConfigurationError, QueueFullError
+from beaker_statestore.keys import kind_prefix
 from beaker_statestore.queuelog import QueueLog, WhenFull
-from beaker_statestore.queuerecords import Cursor, DeadLetter, Entry, Message, valid_name
+from beaker_statestore.queuerecords import Cursor, DeadLetter, Entry, Message, is_name, is_number, valid_name, whole
 from beaker_statestore.settings import Settings
+from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
 
 __all__ = [
@@ -127,6 +129,19 @@ class Queue:
         """
         return cls(Settings.of(application, section), name, **options)
 
+    @classmethod
+    def all(cls, store: Store | str | Settings, **options: Any) -> list[Queue]:
+        """All queues of a store (and a prefix), by their names. It looks at every message, so it is not for hot paths.
+
+        :param options: as above, but for ``limit`` and ``when_full``.
+        """
+        settings = Settings.at(store, **options)
+        start = kind_prefix(settings.prefix, "queue")
+        names = set()
+        for page in open_store(settings.url, **settings.timing).pages(start):
+            names |= {record[len(start) :].partition(b":")[0].decode("ascii", "replace") for record in page}
+        return [cls(settings, name) for name in sorted(names) if is_name(name)]
+
     def push(self, body: Any) -> int:
         """Put ``body``, any JSON value, behind all other messages, and answer its number.
 
@@ -157,17 +172,13 @@ class Queue:
     def report(self) -> Report:
         """What there is, and who is behind. It counts dead letters, so it is not for hot paths."""
         head, end = self._log.head(), self._log.end()
-        cursors = self._log.cursors(head)
-        documents = self._log.documents.read_many([f"consumer={name}" for name in cursors])
         consumers = []
-        for name, number in cursors.items():
-            document = documents.get(f"consumer={name}")
-            cursor = Cursor(number) if document is None else Cursor.of(document)
+        for name, cursor in self._log.cursors(head).items():
             consumers.append(
                 ConsumerReport(
                     name=name,
-                    next=number,
-                    behind=max(0, end - number),
+                    next=cursor.next,
+                    behind=max(0, end - max(cursor.next, head.floor)),
                     dead=len(DeadLetters(self._log, name).numbers()),
                     held=cursor.owner is not None,
                     missed=cursor.missed,
@@ -186,16 +197,20 @@ class Queue:
         :param keep: leave so many of them, for followers and for consumers to come.
         :param before: remove all messages below this number instead, whether somebody has read them or not.
         """
-        if keep < 0:
-            raise ConfigurationError(f"keep is {keep}: give 0 or more messages to keep")
-        removed = self._log.trim(keep) if before is None else self._log.raise_floor(min(before, self._log.end()))
+        whole(keep, "keep", 0)
+        end = self._log.end()
+        if before is None:
+            removed = self._log.trim(end, keep)
+        else:
+            removed = self._log.raise_floor(min(whole(before, "before"), end))
         self._log.remove_strays()
         return removed
 
     def forget(self, name: str) -> bool:
         """End the consumer ``name``, its cursor and its dead letters, so that trimming waits for it no longer.
 
-        One that still runs begins anew.
+        Stop its processes before. One that still runs is a new consumer within about a second, and begins at the oldest
+        message that is there.
 
         :return: whether there was one.
         """
@@ -218,18 +233,21 @@ class Queue:
         :return: False: there is no such dead letter, or what it was made of is damaged.
         :raises QueueFullError: too many wait for that already.
         """
-        letter = self.dead_letters(consumer).get(number)
+        letter = self.dead_letters(consumer).get(whole(number, "a dead letter"))
         if letter is None or letter.damaged:
             return False
 
         def noted(document: Document | None) -> Document | None:
-            if document is None or number in document["again"]:
+            if document is None:
+                return None
+            cursor = Cursor.of(document)
+            if number in cursor.again:
                 return document
-            if len(document["again"]) >= MAX_AGAIN:
+            if len(cursor.again) >= MAX_AGAIN:
                 raise QueueFullError(
                     f"{MAX_AGAIN} dead letters wait to be delivered to {consumer} again; let it take them"
                 )
-            return {**document, "again": [*document["again"], number], "beat": document["beat"] + 1}
+            return replace(cursor, again=[*cursor.again, number], beat=cursor.beat + 1).document
 
         return self._log.documents.modify(f"consumer={consumer}", noted) is not None
 
@@ -241,9 +259,10 @@ class Follower:
         self._log = log
         self._ahead: deque[Entry] = deque()
         self._count = FEW
+        self._far_at = 0.0
         #: How many messages were gone before they could be read here.
         self.missed = 0
-        if start not in ("now", "beginning") and (not isinstance(start, int) or start < 1):
+        if start not in ("now", "beginning") and not is_number(start):
             raise ConfigurationError(f"start is {start!r}: write 'now', 'beginning' or a number from 1 on")
         #: The number of the next message.
         self.position: int = log.end() if start == "now" else log.head().floor if start == "beginning" else int(start)
@@ -269,21 +288,23 @@ class Follower:
             self._log.wait(self.position, min(left, SLICE))
 
     def _fetch(self) -> bool:
-        page = self._log.read(self.position, self._count)
-        if page.floor > self.position:
-            self._pass_over(page.floor)
+        far = time.monotonic() >= self._far_at
+        page = self._log.read(self.position, self._count, far=far)
+        if page.head.floor > self.position:
+            self.missed += page.head.floor - self.position
+            self.position = page.head.floor
+            return True
+        if page.is_torn:
+            # Either it was given a position from elsewhere, or the store has lost records; or one only.
+            end = self._log.end()
+            if end < self.position:
+                self.position = end
+            else:
+                self._log.add_tombstone(self.position - 1)
             return True
         if page.entries:
             self._count = PAGE if len(page.entries) == self._count else FEW
             self._ahead.extend(page.entries)
-            return True
-        if page.known is None or page.known <= self.position:
-            return False
-        behind = self._log.after_gap(self.position, page.known)
-        if behind is not None:
-            self._pass_over(behind)
-        return behind is not None
-
-    def _pass_over(self, number: int) -> None:
-        self.missed += number - self.position
-        self.position = number
+        elif far:
+            self._far_at = time.monotonic() + FAR_LOOK
+        return bool(page.entries)

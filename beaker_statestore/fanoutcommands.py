@@ -13,7 +13,7 @@ import click
 import simplejson
 
 from beaker_statestore.console import Output, Seconds, output_option, store_options
-from beaker_statestore.exceptions import StoreUnavailable
+from beaker_statestore.exceptions import StateStoreError, StoreUnavailable
 from beaker_statestore.fanout import LIMIT, DeadLetter, Message, Queue, Report
 from beaker_statestore.settings import Settings
 
@@ -42,6 +42,28 @@ def _queue_argument(command: Callable[..., None]) -> Callable[..., None]:
     return with_queue
 
 
+@fanout.command(name="list")
+@store_options
+@output_option
+def list_queues(settings: Settings, output: Output) -> None:
+    """Print the names of all queues, how long each is, and who consumes. It looks at every message's key."""
+    rows = []
+    for queue in Queue.all(settings):
+        try:
+            report = queue.report()
+        except StateStoreError as error:  # one that is damaged, or sealed by another key, hides no other
+            reported: dict[str, Any] = {"error": str(error)}
+            rows.append([queue.name, "", str(error)])
+        else:
+            reported = _as_json(report)
+            names = sorted(consumer.name for consumer in report.consumers)
+            rows.append([queue.name, f"{report.end - report.floor:,}", ", ".join(names)])
+        if output.as_json:
+            output.value({"name": queue.name, **reported})
+    if not output.as_json:
+        output.table(["queue", "messages", "consumers"], rows)
+
+
 @fanout.command()
 @_queue_argument
 @output_option
@@ -51,6 +73,10 @@ def show(queue: Queue, output: Output) -> None:
     "Held" says when a process of the consumer's was last heard of, if one holds the consumer's lease (or died with it).
     """
     report = queue.report()
+    if report.end == 1 and not report.consumers:
+        raise click.ClickException(
+            f"there is no queue {queue.name}: nothing was ever pushed, and nobody consumes (statestore fanout list)"
+        )
     if output.as_json:
         output.value(_as_json(report))
         return

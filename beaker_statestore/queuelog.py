@@ -3,7 +3,7 @@
 Records of kind ``queue``, in the namespace that is the queue's name, all of them documents:
 
     0000000000000001 ...    ``{"body": ..., "token": ..., "at": epoch seconds}``, the messages, numbered without a gap
-    floor                   ``{"floor": n, "swept": m, "consumers": {name: number}}``
+    floor                   ``{"floor": n, "swept": m, "consumers": {name: [number, token]}}``
     end                     ``{"end": n}``, the number of some message that is there, or was; only to find the end soon
     consumer=<name>         a cursor (`beaker_statestore.consumers`)
     dead=<name>=<number>    a dead letter
@@ -22,6 +22,14 @@ consumers and a trimmer came by between the two steps; then it comes twice. That
 producer that dies between the two steps leaves a message that it never reported as pushed. Whoever reads messages reads
 the floor with them, not before them, and passes over what is below it.
 
+**When the store loses records** (damage, a backup of yesterday, a server in memory that was started anew), numbers are
+missing that are not below the floor, and whoever filled them would write behind the cursors. So nobody passes over a
+missing number, neither a reader nor a producer whose own message would stand behind one: a tombstone is *added* there
+first, ``{"gone": true}``, or, of very many, the floor is raised above them. If it cannot be added, there is a message
+now, and nothing is missing. That makes the log dense again. Readers and producers notice because they read the number
+before theirs in the round trip that they need for the floor anyway. And a producer that sees the floor fall, which it
+never does, takes its message back and begins at the end that there is now.
+
 It must not know any framework or engine.
 """
 
@@ -31,6 +39,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, Literal
 
@@ -46,7 +55,7 @@ from beaker_statestore.exceptions import (
     QueueFullError,
     StoreUnavailable,
 )
-from beaker_statestore.queuerecords import Entry, Head, Page, is_number, valid_name
+from beaker_statestore.queuerecords import Cursor, Enrolment, Entry, Head, Page, is_number, number_in, valid_name, whole
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores.base import CONTENTION_DEADLINE, PAGE
 
@@ -63,6 +72,12 @@ MARKED: Final = 64
 #: One message in so many makes its producer trim, and a queue that forgets, forgets so many at once (but never more
 #: than a tenth of the limit).
 TRIMMED: Final = 1000
+#: So many numbers ahead one looks for messages behind a gap, where that must not be overlooked.
+FAR: Final = 500
+#: So many missing numbers are made good one by one; the floor is raised above more than that.
+MENDED: Final = 10_000
+#: What producers remove below the floor at a time, for others; a few milliseconds' worth. See also `TRIMMED`.
+SWEPT: Final = 5 * PAGE
 #: What the queue's own documents may have beyond the size of a message, in bytes.
 LETTERHEAD: Final = 64 * 1024
 #: The most consumers of a queue; all are named in one small document, which every producer reads.
@@ -70,6 +85,7 @@ MAX_CONSUMERS: Final = 200
 
 _FLOOR: Final = "floor"
 _END: Final = "end"
+_TOMBSTONE: Final = "gone"
 
 
 class QueueLog:
@@ -83,8 +99,6 @@ class QueueLog:
     """
 
     def __init__(self, settings: Settings, name: str, limit: int, when_full: WhenFull) -> None:
-        if limit < 1:
-            raise ConfigurationError(f"a queue of at most {limit} messages can have none; give a limit of 1 or more")
         if when_full not in ("refuse", "forget"):
             raise ConfigurationError(f"when_full is {when_full!r}: write 'refuse' or 'forget'")
         self.name = valid_name(name, "queue")
@@ -92,7 +106,7 @@ class QueueLog:
         self.documents = Collection(replace(settings, max_value=settings.max_value + LETTERHEAD), "queue", name)
         self._messages = DocumentCodec.of(settings)
         self.store = self.documents.store
-        self._limit = limit
+        self._limit = whole(limit, "a queue's limit")
         self._when_full = when_full
         self._amortised = max(1, min(TRIMMED, limit // 10))
         #: The number to try next; 0: not known. Threads may set it back; then it is only a worse guess.
@@ -110,6 +124,8 @@ class QueueLog:
         :raises StoreUnavailable: the store failed, or is full (`QueueFullError`), and the message is not there.
         """
         document = {"body": body, "token": secrets.token_hex(8), "at": round(time.time(), 3)}
+        # Before the number: of a thread that has found the floor fallen, we see both or neither.
+        known_floor = self._floor
         number = self._next or self.end()
         deadline = time.monotonic() + CONTENTION_DEADLINE
         refused = 0
@@ -122,21 +138,45 @@ class QueueLog:
                 number = number + 1 if refused % EAGER_NUMBERS else self._first_free(number)
                 continue
             try:
-                floor = self.head().floor
-                if number >= floor:
+                if self._stands(number, known_floor):
                     break
-                observe.count("fanout.behind_floor")
                 self.store.compare_and_swap(self._record(number), data, None)
             except StoreUnavailable as error:
                 raise OutcomeUnknown(
                     f"message {number} of the queue {self.name} may have been lost: {error}"
                 ) from error
+            known_floor = self._floor
             number = self.end()
         else:
             raise ContentionError(f"others kept taking the next number of the queue {self.name} before us")
         self._next = number + 1
         self._keep_house(number)
         return number
+
+    def _stands(self, number: int, known_floor: int) -> bool:
+        """Whether our message ``number``, which is there now, is where consumers will see it.
+
+        :param known_floor: where the floor was before.
+        """
+        record, floor_record = self._record(number - 1), self.documents.records.record(_FLOOR)
+        # The floor last: what was at or above it then had not been removed before.
+        found = self.store.get_many([record, floor_record])
+        head = self._head_in(found.get(floor_record))
+        if head.floor < known_floor:
+            log.error(
+                "the store has lost records of the queue %s: its floor was %d and is %d; producers begin at its end",
+                self.name,
+                known_floor,
+                head.floor,
+            )
+            self._next, self._floor = 0, head.floor
+            return False
+        if number < head.floor:
+            observe.count("fanout.behind_floor")
+            return False
+        if record not in found and number > head.floor:
+            self._mend(self._gap_below(number, head.floor), number)
+        return True
 
     def _add(self, number: int, data: bytes) -> bool:
         """Whether ``data`` is the message ``number`` now."""
@@ -162,18 +202,20 @@ class QueueLog:
         self._floor = self.head().floor
         if number - self._floor < self._limit:
             return
-        self.trim()
+        self.trim(number, most=SWEPT)
         if number - self._floor < self._limit:
             return
         if self._when_full == "forget":
             observe.count("fanout.forgotten", self._amortised)
-            self.raise_floor(number - self._limit + self._amortised)
+            self.raise_floor(number - self._limit + self._amortised, most=SWEPT)
             return
         observe.count("fanout.refused")
         cursors = self.cursors(self.head())
-        slowest = min(cursors, key=lambda name: cursors[name], default=None)
+        slowest = min(cursors, key=lambda name: cursors[name].next, default=None)
         culprit = (
-            "it has no consumers" if slowest is None else f"its slowest consumer, {slowest}, is at {cursors[slowest]}"
+            "it has no consumers"
+            if slowest is None
+            else f"its slowest consumer, {slowest}, is at {cursors[slowest].next}"
         )
         raise QueueFullError(
             f"the queue {self.name} is full: {number - self._floor} messages of {self._limit}, and {culprit} "
@@ -186,7 +228,7 @@ class QueueLog:
             if number % MARKED == 0:
                 self.documents.put(_END, {"end": number})
             if number % self._amortised == 0:
-                self.trim(self._amortised)
+                self.trim(number + 1, self._amortised, most=SWEPT)
         except (StoreUnavailable, DocumentDamagedError) as error:
             log.warning("the queue %s has not been trimmed: %s", self.name, error)
 
@@ -194,30 +236,49 @@ class QueueLog:
 
     def head(self) -> Head:
         """The floor, and who consumes."""
-        head = Head.of(self.documents.read(_FLOOR))
+        return self._head_in(self.store.get(self.documents.records.record(_FLOOR)))
+
+    def _head_in(self, data: bytes | None) -> Head:
+        head = Head.of(self.documents.codec.current(data, self.documents.records.record(_FLOOR)))
         self._floor = max(self._floor, head.floor)
         return head
 
-    def read(self, first: int, count: int) -> Page:
+    def read(self, first: int, count: int, *, beside: bytes | None = None, far: bool = False) -> Page:
         """Up to ``count`` messages from the number ``first`` on, in one round trip.
 
         The floor is read last: what was at or above it then had not been removed before. What is below it is nobody's,
         so whoever asks looks at the floor first.
+
+        :param beside: the key of a record that is read with them.
+        :param far: if there are none, look for some behind a gap that is longer than ``count``, at some cost.
         """
-        numbers = {self._record(number): number for number in range(first, first + count)}
-        floor_record, end_record = map(self.documents.records.record, (_FLOOR, _END))
-        found = self.store.get_many([*numbers, end_record, floor_record])
-        head = Head.of(self.documents.codec.current(found.get(floor_record), floor_record))
-        stored = {number: found[record] for record, number in numbers.items() if record in found}
-        known = max(stored, default=0)
-        if (end := self._marked_end(found.get(end_record))) > known:
-            known = end
-        entries = []
-        for number in range(first, first + count):
-            if number not in stored:
+        before, *wanted = (self._record(number) for number in range(first - 1, first + count))
+        floor_record = self.documents.records.record(_FLOOR)
+        others = [] if beside is None else [beside]
+        found = self.store.get_many([before, *wanted, *others, floor_record])
+        head = self._head_in(found.get(floor_record))
+        token = None
+        with suppress(StoreUnavailable):  # there is no key for it here, and it has been read before
+            token = self._entry(first - 1, found[before]).token if before in found else None
+        is_torn = first > head.floor and before not in found
+        page = Page(head, [], is_torn, token, None if beside is None else found.get(beside))
+        if first < head.floor:
+            return page
+        there = [number for number, record in enumerate(wanted, first) if record in found]
+        taken = there[0] if there else self._far_behind(first) if far else None
+        if taken is not None and taken > first:
+            self._mend(first, taken)
+            return self.read(first, count, beside=beside)
+        for number, record in enumerate(wanted, first):
+            if record not in found:
                 break
-            entries.append(self._entry(number, stored[number]))
-        return Page(head.floor, entries, known or None)
+            try:
+                page.entries.append(self._entry(number, found[record]))
+            except StoreUnavailable:  # there is no key for it here: that stops whoever has come to it
+                if not page.entries:
+                    raise
+                break
+        return page
 
     def wait(self, number: int, seconds: float) -> None:
         """Return when there is a message ``number``, or after so many seconds."""
@@ -233,44 +294,68 @@ class QueueLog:
             if number >= head.floor:
                 return number
 
-    def after_gap(self, first: int, known: int) -> int | None:
-        """The next number behind a gap that begins with ``first``; None if there is no gap after all.
+    def add_tombstone(self, number: int) -> bool:
+        """Put a tombstone where the message ``number`` is missing; False: it is there."""
+        return self.store.add(self._record(number), self._encoded(number, {_TOMBSTONE: True}))
 
-        Only damage makes one: somebody has removed a record by other means.
+    def _mend(self, first: int, taken: int) -> None:
+        """Make the log dense from ``first``, which is missing, to ``taken``, which is not, though others may be.
 
-        :param known: a higher number that is said to be taken.
+        If ``first`` is not missing after all, nothing is done: what is read in several steps is of several moments.
         """
-        if not self._has(known) or self._has(first) or self.head().floor > first:
-            return None
-        for start in range(first, known + 1, PAGE):
-            page = range(start, min(start + PAGE, known + 1))
-            taken = self.store.get_many([self._record(number) for number in page])
-            for number in page:
-                if self._record(number) in taken:
-                    return number
-        return None
+        if self._has(first) or self.head().floor > first:
+            return
+        observe.count("fanout.gaps")
+        log.error(
+            "messages %d to %d of the queue %s are missing, and later ones are there", first, taken - 1, self.name
+        )
+        if taken - first > MENDED:
+            log.error("so all messages of the queue %s before %d are removed", self.name, taken)
+            self.raise_floor(taken, most=SWEPT)
+            return
+        # Upwards, as producers go, so that one who dies half-way has mended that half.
+        for number in range(first, taken):
+            if not self.add_tombstone(number):
+                return  # this is where the gap ends, or a producer has come: whoever looks again finds out
+
+    def _gap_below(self, number: int, floor: int) -> int:
+        """Where the gap begins that ends below ``number``, if it has not more than `MENDED` numbers."""
+        lowest = max(floor, number - MENDED - 1)
+        for end in range(number, lowest, -PAGE):
+            page = range(end - 1, max(end - 1 - PAGE, lowest - 1), -1)
+            taken = self.store.get_many(map(self._record, page))
+            for below in page:
+                if self._record(below) in taken:
+                    return below + 1
+        return lowest
+
+    def _far_behind(self, number: int) -> int | None:
+        """The lowest number above ``number`` that is taken, as far as that can be found in a look or two."""
+        marked = self._marked_end(self.store.get(self.documents.records.record(_END)))
+        near = range(number + 1, number + FAR)
+        beyond = range(max(marked, near.stop), max(marked, near.stop) + MARKED + 1)
+        taken = self.store.get_many(map(self._record, (*near, *beyond)))
+        return next((higher for higher in (*near, *beyond) if self._record(higher) in taken), None)
 
     def _first_free(self, taken: int) -> int:
         """The first free number above ``taken``, of which it is known that it is taken, or below the floor.
 
         It takes steps of twice the length each until one is free, and then halves what is in between; what is taken
-        has no gaps. Should one have been torn, a number within it would be found, and the cursors be past it: so the
-        numbers behind are looked at, too, as far as the record ``end`` may lag.
+        has no gaps. Should one have been torn, a number within it would be found, and the cursors be past it: so it
+        looks farther, too.
         """
         while True:
             free = self._search(taken)
-            behind = {self._record(number): number for number in range(free + 1, free + MARKED + 1)}
-            torn = self.store.get_many(behind)
-            if not torn:
+            behind = self._far_behind(free)
+            if behind is None:
                 return free
             if self._has(free):
                 taken = free  # others were quicker
                 continue
             if self.head().floor > free:
                 return free  # a trimmer was; whoever asks finds out
-            observe.count("fanout.gaps")
-            log.error("message %d of the queue %s is missing, and later ones are there", free, self.name)
-            taken = max(behind[record] for record in torn)
+            self._mend(free, behind)
+            taken = behind
 
     def _search(self, taken: int) -> int:
         step = 1
@@ -307,43 +392,65 @@ class QueueLog:
             document = self.documents.codec.current(data, self._record(number))
         except DocumentDamagedError as error:
             return Entry(number, None, str(error), len(data))
+        if document is not None and _TOMBSTONE in document:
+            return Entry(number, None, "", len(data), is_tombstone=True)
         if document is None or "body" not in document:
             return Entry(number, None, "it is a document, but no message", len(data))
         return Entry(number, document, "", len(data))
 
     # -- trimming
 
-    def cursors(self, head: Head) -> dict[str, int]:
-        """Where each consumer is: the number of the first message that it has not acknowledged."""
+    def cursors(self, head: Head) -> dict[str, Cursor]:
+        """Where each consumer is. The cursor of one that was forgotten does not count for a new one of that name."""
         found = self.documents.read_many([f"consumer={name}" for name in head.consumers])
         cursors = {}
-        for name, start in head.consumers.items():
-            number = found.get(f"consumer={name}", {}).get("next")
-            cursors[name] = max(start, number) if is_number(number) else start
+        for name, enrolment in head.consumers.items():
+            cursors[name] = Cursor(enrolment.start, enrolment.token)
+            try:
+                cursor = Cursor.of(found.get(f"consumer={name}", {}))
+            except DocumentDamagedError:
+                continue
+            if cursor.enrolment == enrolment.token:
+                cursors[name] = cursor
         return cursors
 
-    def trim(self, keep: int = 0) -> int:
+    def trim(self, end: int, keep: int = 0, most: int | None = None) -> int:
         """Remove what all consumers have acknowledged but for the last ``keep`` of it, and answer how much that was.
 
         Without consumers nothing is removed.
+
+        :param end: the floor stays at or below it: a cursor can be beyond the end when the store has lost records.
+        :param most: as for `raise_floor`.
         """
         cursors = self.cursors(self.head())
-        return self._raise(
-            # A cursor only moves on, so one that was read a while ago, or a start, is only too careful.
-            lambda head: min((cursors.get(name, start) for name, start in head.consumers.items()), default=0) - keep
-        )
 
-    def raise_floor(self, number: int) -> int:
-        """Remove all below ``number``, read or not, and answer how much that was."""
-        return self._raise(lambda _: number)
+        def target(head: Head) -> int:
+            # A cursor only moves on, so one that was read a while ago, or a start, is only too careful.
+            numbers = [
+                cursors[name].next
+                if name in cursors and cursors[name].enrolment == enrolment.token
+                else enrolment.start
+                for name, enrolment in head.consumers.items()
+            ]
+            return min(min(numbers, default=0) - keep, end)
+
+        return self._raise(target, most)
+
+    def raise_floor(self, number: int, most: int | None = None) -> int:
+        """Remove all below ``number``, read or not, and answer how much that was.
+
+        :param most: that much at once; the next one goes on.
+        """
+        return self._raise(lambda _: number, most)
 
     def remove_strays(self) -> None:
         """Remove messages below the floor: those of producers that came late and died. Looks at every record."""
         for page in self.documents.pages():
-            below = [key for key in page if key is not None and key.isdigit() and int(key) < self._floor]
+            numbers = {key: number_in(key) for key in page if key is not None}
+            below = [key for key, number in numbers.items() if number is not None and number < self._floor]
             self.store.delete_many(map(self.documents.records.record, below))
 
-    def _raise(self, target: Callable[[Head], int]) -> int:
+    def _raise(self, target: Callable[[Head], int], most: int | None) -> int:
         before = after = Head()
 
         def raised(document: Document | None) -> Document | None:
@@ -354,49 +461,46 @@ class QueueLog:
 
         self.documents.modify(_FLOOR, raised)
         self._floor = max(self._floor, after.floor)
-        self._sweep(after)
+        self._sweep(after, after.floor if most is None else min(after.floor, after.swept + most))
         return after.floor - before.floor
 
-    def _sweep(self, head: Head) -> None:
-        """Remove what is below the floor; if this ends half-way, the next one goes on."""
-        if head.swept >= head.floor:
+    def _sweep(self, head: Head, end: int) -> None:
+        """Remove what is below ``end``; if this stops half-way, the next one goes on."""
+        if head.swept >= end:
             return
-        for start in range(head.swept, head.floor, PAGE):
-            self.store.delete_many(map(self._record, range(start, min(start + PAGE, head.floor))))
+        for start in range(head.swept, end, PAGE):
+            self.store.delete_many(map(self._record, range(start, min(start + PAGE, end))))
 
         def swept(document: Document | None) -> Document | None:
             current = Head.of(document)
-            return Head(current.floor, max(current.swept, head.floor), current.consumers).document
+            return Head(current.floor, max(current.swept, end), current.consumers).document
 
         self.documents.modify(_FLOOR, swept)
 
     # -- consumers
 
-    def enrol(self, name: str, start: int | None) -> int:
-        """Make ``name`` a consumer from ``start`` on (None: the floor), unless it is one; answer where it began.
+    def enrol(self, name: str, start: int | None) -> Enrolment:
+        """Make ``name`` a consumer from ``start`` on (None: the floor), unless it is one; answer since when it is.
 
         From then on nothing is trimmed that it has not acknowledged: its name is in the record that trimming changes.
 
         :raises ConfigurationError: there are too many consumers.
         """
-        began = 0
+        token = secrets.token_hex(8)
 
         def enrolled(document: Document | None) -> Document | None:
-            nonlocal began
             head = Head.of(document)
             if name in head.consumers:
-                began = head.consumers[name]
                 return document
             if len(head.consumers) >= MAX_CONSUMERS:
                 raise ConfigurationError(
                     f"the queue {self.name} has {MAX_CONSUMERS} consumers, and no more are possible; forget "
                     f"those that are gone (statestore fanout forget {self.name} NAME)"
                 )
-            began = head.floor if start is None else max(start, head.floor)
-            return Head(head.floor, head.swept, {**head.consumers, name: began}).document
+            enrolment = Enrolment(head.floor if start is None else max(start, head.floor), token)
+            return replace(head, consumers={**head.consumers, name: enrolment}).document
 
-        self.documents.modify(_FLOOR, enrolled)
-        return began
+        return Head.of(self.documents.modify(_FLOOR, enrolled)).consumers[name]
 
     def strike(self, name: str) -> bool:
         """Make ``name`` a consumer no more, so that it holds up no trimming; False: it was none."""
@@ -409,8 +513,8 @@ class QueueLog:
             was = was or name in head.consumers
             if name not in head.consumers:
                 return document
-            others = {other: start for other, start in head.consumers.items() if other != name}
-            return Head(head.floor, head.swept, others).document
+            others = {other: enrolment for other, enrolment in head.consumers.items() if other != name}
+            return replace(head, consumers=others).document
 
         self.documents.modify(_FLOOR, struck)
         return was

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from beaker_statestore import consumers
+from beaker_statestore import consumers, queuelog
 from beaker_statestore.cli import main
 from beaker_statestore.collection import Collection
 from beaker_statestore.exceptions import (
@@ -30,12 +31,14 @@ from beaker_statestore.exceptions import (
     QueueFullError,
     StoreUnavailable,
 )
-from beaker_statestore.fanout import Consumer, LeaseLost, Message, Queue
+from beaker_statestore.fanout import Consumer, Follower, LeaseLost, Message, Queue
+from beaker_statestore.queuerecords import Cursor, Enrolment, Head
+from beaker_statestore.sealing import StoreKeyError
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
 from beaker_statestore.stores.base import Store
 from beaker_statestore.stores.memory import MemoryStore
-from beaker_statestore.testing import FaultyStore, ServerProcess
+from beaker_statestore.testing import FaultyStore, ServerProcess, fork
 from tests.faults.servers import eventually
 
 _names = itertools.count(1)
@@ -144,6 +147,39 @@ def test_names_are_checked(wrong: str) -> None:
         Queue("memory:", wrong)
     with pytest.raises(ConfigurationError, match="cannot name a consumer"):
         Queue("memory:", "good").consumer(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda queue, number: Queue(queue._log.store, "q", limit=number),
+        lambda queue, number: queue.trim(keep=number),
+        lambda queue, number: queue.trim(before=number),
+        lambda queue, number: queue.consumer("b", start=number),
+        lambda queue, number: queue.consumer("b", retries=number),
+        lambda queue, number: queue.consumer("b", prefetch=number),
+        lambda queue, number: queue.follow(number),
+        lambda queue, number: queue.redeliver("a", number),
+        lambda queue, number: queue.dead_letters("a").get(number),
+    ],
+)
+def test_a_number_that_is_none_is_refused_and_not_stored(local: Queue, wrong: Callable[[Queue, Any], object]) -> None:
+    local.consumer("a")
+    local.push(1)
+    for number in (True, 5.0, -1, "5"):
+        with pytest.raises(ConfigurationError):
+            wrong(local, number)
+    assert local.push(2) == 2
+    assert [consumer.name for consumer in local.report().consumers] == ["a"]
+
+
+def test_nothing_is_written_that_could_not_be_read() -> None:
+    for wrong in (Head(floor=5.0), Head(consumers={"a": Enrolment(True, "")})):  # type: ignore[arg-type]
+        with pytest.raises(DocumentDamagedError):
+            assert wrong.document
+    for cursor in (Cursor(1.0), Cursor(1, again=[True]), Cursor(1, error=5)):  # type: ignore[arg-type]
+        with pytest.raises(DocumentDamagedError):
+            assert cursor.document
 
 
 @pytest.mark.parametrize("start", ["now", "beginning", 3])
@@ -278,7 +314,7 @@ def test_whatever_an_error_says_the_message_ends_as_a_dead_letter(queue: Queue, 
 
 
 def test_what_is_given_up_is_a_dead_letter_at_once_and_what_comes_next_is_delivered(queue: Queue) -> None:
-    consumer = queue.consumer("a", lease=1.0)  # dead letters are looked for when it is renewed
+    consumer = queue.consumer("a")
     queue.push("hopeless")
     queue.push("good")
     hopeless, good = (consumer.receive(PATIENCE) for _ in range(2))
@@ -346,17 +382,109 @@ def test_a_dead_letter_is_delivered_once_more_if_asked_for(queue: Queue) -> None
     assert not queue.dead_letters("a").discard(2)
 
 
-def test_a_dead_letter_reaches_one_who_holds_the_lease_already(local: Queue) -> None:
-    consumer = local.consumer("a", retries=0, lease=0.3)
+def test_a_dead_letter_soon_reaches_one_who_holds_the_lease_already(
+    local: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers, "SLICE", 0.05)
+    consumer = local.consumer("a", retries=0, lease=600.0)
     local.push(1)
     message = consumer.receive(0)
     assert message is not None
     consumer.retry(message, "no")
     assert consumer.receive(0) is None
-    local.redeliver("a", 1)
+    meanwhile = threading.Timer(0.1, local.redeliver, ["a", 1])
+    began = time.monotonic()
+    meanwhile.start()
     again = consumer.receive(PATIENCE)
+    meanwhile.join()
+    assert time.monotonic() - began < PATIENCE / 2  # at the end it would look once more
     assert again is not None
     assert again.redelivered
+
+
+def test_a_damaged_dead_letter_is_shown_as_one_and_not_delivered(local: Queue) -> None:
+    consumer = local.consumer("a", retries=0)
+    for n in range(3):
+        local.push(n)
+    for _ in range(3):
+        message = consumer.receive(0)
+        assert message is not None
+        consumer.retry(message, "no")
+    assert consumer.receive(0) is None
+    local.redeliver("a", 1)
+    for number in (1, 2):
+        records(local).put(f"dead=a={number:016d}", {"number": "x"})
+    assert [(letter.number, letter.damaged) for letter in local.dead_letters("a")] == [
+        (1, True),
+        (2, True),
+        (3, False),
+    ]
+    assert consumer.receive(0) is None
+    assert not local.redeliver("a", 2)
+
+
+class Unlistable(FaultyStore):
+    """As a ttserver with a hash database."""
+
+    def scan(self, *_: Any) -> Any:
+        raise ConfigurationError("its keys cannot be listed")
+
+
+def test_a_store_that_cannot_list_its_keys_takes_dead_letters(name: str) -> None:
+    queue = Queue(Unlistable(MemoryStore()), name)
+    consumer = queue.consumer("a", retries=0)
+    queue.push("bad")
+    queue.push("good")
+    message = consumer.receive(0)
+    assert message is not None
+    consumer.retry(message, "no")
+    assert bodies(received(consumer, 1)) == ["good"]
+    letter = queue.dead_letters("a").get(1)
+    assert letter is not None
+    assert letter.body == "bad"
+
+
+def test_too_many_dead_letters_stop_a_consumer(local: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consumers, "MAX_DEAD", 2)
+    consumer = local.consumer("a", retries=0, longest_backoff=0.01)
+    for n in range(4):
+        local.push(n)
+    for _ in range(3):
+        message = consumer.receive(PATIENCE)
+        assert message is not None
+        consumer.retry(message, "no")
+    assert consumer.receive(0) is None
+    assert local.report().consumers[0].dead == 2
+    assert local.dead_letters("a").discard(1)
+    assert bodies(received(consumer, 1)) == [3]
+    assert local.report().consumers[0].dead == 2
+
+
+def test_what_a_later_one_has_acknowledged_is_not_retried(local: Queue) -> None:
+    consumer = local.consumer("a", retries=0)
+    for n in range(3):
+        local.push(n)
+    first, second = consumer.receive(0), consumer.receive(0)
+    assert first is not None
+    assert second is not None
+    consumer.acknowledge(second)
+    consumer.retry(first, "too late")
+    consumer.give_up(first, "too late")
+    assert [(message.body, message.attempt) for message in received(consumer, 1)] == [(2, 1)]
+    assert list(local.dead_letters("a")) == []
+
+
+def test_one_object_runs_in_one_thread(local: Queue) -> None:
+    consumer = local.consumer("a")
+    local.push(1)
+
+    def handle(message: Message) -> None:
+        with pytest.raises(ConfigurationError, match="runs already"):
+            consumer.run(print)
+        consumer.stop()
+
+    consumer.run(handle)
+    assert local.report().consumers[0].next == 2
 
 
 def test_run_acknowledges_what_was_handled_and_retries_what_was_not(queue: Queue) -> None:
@@ -473,14 +601,109 @@ def test_one_that_died_idle_is_no_messages_fault(local: Queue) -> None:
     assert [message.attempt for message in received(other, 1)] == [1]
 
 
-def test_a_forked_child_does_not_have_its_parents_lease(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_child_does_not_have_its_parents_lease_nor_its_locks(local: Queue) -> None:
+    consumer = local.consumer("a")
+    local.push(1)
+    message = consumer.receive(0)
+    assert message is not None
+
+    def in_child() -> str:
+        try:
+            consumer.acknowledge(message)
+        except LeaseLost:
+            consumer.close()  # the lock is held by a thread that is not here
+            return "lost"
+        return "kept"
+
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with consumer._lock:
+            held.set()
+            done.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(PATIENCE)
+    try:
+        assert fork(in_child) == "lost"
+    finally:
+        done.set()
+        thread.join(PATIENCE)
+    consumer.acknowledge(message)
+
+
+def test_one_that_stands_by_notices_soon_that_the_lease_was_given_up(
+    local: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers, "SLICE", 0.05)
+    one, other = local.consumer("a", lease=600.0), local.consumer("a", lease=600.0)
+    local.push(1)
+    assert one.receive(0) is not None
+    assert other.receive(0) is None
+    closing = threading.Timer(0.1, one.close)
+    closing.start()
+    assert other.receive(PATIENCE) is not None
+    closing.join()
+
+
+def test_the_length_of_the_holders_lease_counts(local: Queue) -> None:
+    one, other = local.consumer("a", lease=600.0), local.consumer("a", lease=0.05)
+    local.push(1)
+    message = one.receive(0)
+    assert message is not None
+    assert other.receive(0.15) is None
+    one.acknowledge(message)
+
+
+def test_an_outage_is_not_the_holders_silence(name: str) -> None:
+    store = FaultyStore(MemoryStore())
+    queue = Queue(store, name)
+    one, other = queue.consumer("a", lease=0.1, backoff=0.01), queue.consumer("a", lease=0.1, backoff=0.01)
+    queue.push(1)
+    message = one.receive(0)
+    assert message is not None
+    assert other.receive(0) is None
+    time.sleep(0.13)  # for which the store is away, so that none of them can do anything
+    assert other.receive(0) is None
+    one.extend()
+    one._forget_holding()  # it dies
+    for _ in range(2):
+        assert other.receive(0) is None
+        time.sleep(0.13)
+    assert other.receive(0) is None  # it waits for the pause before another try, but has the lease:
+    assert other._holding is not None  # however seldom one looks, once is enough of that
+    assert other.receive(PATIENCE) == replace(message, attempt=2)
+
+
+def test_what_was_acknowledged_in_an_outage_is_said_again(name: str) -> None:
+    store = FaultyStore(MemoryStore())
+    queue = Queue(store, name)
     consumer = queue.consumer("a")
     queue.push(1)
     message = consumer.receive(0)
     assert message is not None
-    monkeypatch.setattr("os.getpid", lambda: -1)
-    with pytest.raises(LeaseLost):
+    store.fail(1, for_good=True)
+    with pytest.raises(StoreUnavailable):
         consumer.acknowledge(message)
+    store.heal()
+    consumer.retry(message, "the acknowledgement failed")  # which is not what has to be done again
+    consumer.close()
+    assert queue.report().consumers[0].next == 2
+
+
+def test_a_bid_for_the_lease_that_is_carried_out_late_is_known_again(name: str) -> None:
+    store = Meddled(MemoryStore())
+    queue = Queue(store, name)
+    consumer = queue.consumer("a")
+    queue.push(1)
+    fates = iter(["", "", "late", "", "refused"])
+    store.fate = lambda: next(fates, "")
+    assert consumer.receive(0) is None
+    with pytest.raises(StoreUnavailable):
+        consumer.receive(0)
+    store.catch_up()
+    assert consumer.receive(0) is not None
 
 
 # -- trimming and limits
@@ -528,6 +751,61 @@ def test_a_forgotten_consumer_that_still_runs_begins_anew(queue: Queue) -> None:
         consumer.acknowledge(message)
     assert bodies(received(consumer, 3)) == [0, 1, 2]
     assert [c.name for c in queue.report().consumers] == ["a"]
+
+
+def test_no_consumer_lives_on_without_its_name(local: Queue) -> None:
+    other, consumer = local.consumer("other"), local.consumer("a")
+    assert consumer.receive(0) is None
+    local._log.strike("a")  # all that is done if whoever forgets it dies
+    for n in range(3):
+        local.push(n)
+    received(other, 3)
+    assert consumer.receive(0) is not None
+    assert local.trim() == 0
+    assert [c.name for c in local.report().consumers] == ["a", "other"]
+    consumer.close()
+    assert bodies(received(local.consumer("a"), 3)) == [0, 1, 2]
+
+
+def test_the_cursor_of_one_that_was_forgotten_does_not_count_for_the_next_of_that_name(
+    local: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with local.consumer("a") as consumer:
+        for n in range(5):
+            local.push(n)
+        received(consumer, 5)
+    local._log.strike("a")  # somebody is about to forget it
+    local.consumer("a", start="beginning")
+    assert local.trim() == 0
+    cursors = local._log.cursors
+
+    def meanwhile(head: Head) -> dict[str, Cursor]:
+        found = cursors(head)
+        local.forget("a")
+        local.consumer("a", start="beginning")
+        return found
+
+    monkeypatch.setattr(local._log, "cursors", meanwhile)
+    assert local.trim() == 0
+    assert bodies(received(local.consumer("a"), 5)) == [0, 1, 2, 3, 4]
+
+
+def test_a_push_removes_only_so_much_of_what_others_have_left(local: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queuelog, "SWEPT", 30)
+    queue = Queue(local._log.store, local.name, limit=100)  # so that every tenth push trims
+    slow, fast = queue.consumer("slow"), queue.consumer("fast")
+    for n in range(99):
+        queue.push(n)
+    received(fast, 99)
+    queue.forget(slow.name)
+    gone = []
+    for n in range(31):
+        queue.push(n)
+        gone.append(queue._log.head().swept - 1)
+    assert gone[0] == 30
+    assert gone[-1] == queue.report().floor - 1 > 60
+    assert gone == sorted(gone)
+    assert all(second - first <= 30 for first, second in itertools.pairwise(gone))
 
 
 def test_a_queue_keeps_itself_short(store: Store, name: str) -> None:
@@ -622,7 +900,7 @@ def test_a_producer_that_knows_nothing_finds_the_end_in_few_steps(name: str) -> 
     store.fail(10**9)
     assert queue.push("behind") == 2003
     queue.push("usual")
-    assert store.calls[-2:] == ["add", "get"]
+    assert store.calls[-2:] == ["add", "get_many"]
 
 
 # -- damage
@@ -655,6 +933,143 @@ def test_a_gap_is_passed_over_and_told(queue: Queue, store: Store, gone: Any, co
     records(queue).delete("end")  # without which a producer has to look for it, and comes upon the gap
     assert Queue(store, queue.name).push(71) == 71
     assert bodies(received(consumer, 1)) == [71]
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_what_is_not_delivered_acknowledges_nothing_before_it(local: Queue, harm: str) -> None:
+    first = local.consumer("a")
+    for n in range(1, 5):
+        local.push(n)
+    record = local._log._record(3)
+    if harm == "damaged":
+        local._log.store.put(record, b"no document")
+    else:
+        local._log.store.delete(record)
+    assert [m.body for m in (first.receive(0) for _ in range(3)) if m] == [1, 2, 4]
+    first.close()
+    second = local.consumer("a")
+    assert bodies(received(second, 3)) == [1, 2, 4]
+    assert local.report().consumers[0].next == 5
+
+
+def test_nobody_writes_where_the_cursors_have_been(local: Queue) -> None:
+    late = Queue(local._log.store, local.name)
+    consumer = local.consumer("a")
+    late.push(1)
+    for n in range(2, 10):
+        local.push(n)
+    local._log.store.delete_many(map(local._log._record, (2, 3)))
+    assert bodies(received(consumer, 7)) == [1, *range(4, 10)]
+    assert late.push("late") == 10
+    assert bodies(received(consumer, 1)) == ["late"]
+    local._log.store.delete(local._log._record(10))  # the last one, after it was acknowledged
+    assert local.push("filled") == 10
+    assert bodies(received(consumer, 8)) == [1, *range(4, 10), "filled"]
+
+
+def test_a_long_gap_raises_the_floor(local: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queuelog, "MENDED", 5)
+    consumer = local.consumer("a")
+    for n in range(1, 21):
+        local.push(n)
+    local._log.store.delete_many(map(local._log._record, range(2, 11)))
+    local._log._next = 30  # a producer that remembers an end that there is no more
+    assert bodies(received(consumer, 1)) == [1]
+    assert local.push(30) == 30
+    assert local.report().floor == 30
+    assert bodies(received(consumer, 1)) == [30]
+    assert consumer.missed == 28
+
+
+@pytest.mark.parametrize("reader", [lambda queue: queue.consumer("a"), lambda queue: queue.follow()])
+def test_who_waits_finds_what_is_behind_a_gap_that_is_longer_than_a_page(
+    local: Queue, reader: Callable[[Queue], Consumer | Follower]
+) -> None:
+    waiting = reader(local)
+    for n in range(1, 42):
+        local.push(n)
+    local._log.store.delete_many(map(local._log._record, range(1, 21)))
+    message = waiting.receive(PATIENCE)
+    assert message is not None
+    assert message.body == 21
+
+
+def test_a_store_that_begins_anew_loses_nothing_that_it_takes_from_then_on(name: str) -> None:
+    """As one in memory does, with producers and consumers that remember how it was."""
+    store = MemoryStore()
+    old, new = Queue(store, name), Queue(store, name)
+    running = old.consumer("a")
+    for n in range(20):
+        old.push(n)
+    received(running, 20)
+    store.delete_many(list(store.keys(old._log.documents.records.scan_prefix)))
+    pushed = [new.push("first"), *(queue.push(n) for n in range(20) for queue in (old, new))]
+    assert len(set(pushed)) == 41
+    assert bodies(received(running, 41)) == ["first", *(n for n in range(20) for _ in "12")]
+    with old.consumer("a") as consumer:
+        assert consumer.receive(0) is None
+
+
+def test_a_producer_that_sees_the_floor_fall_begins_at_the_end(local: Queue) -> None:
+    with local.consumer("a") as consumer:
+        for n in range(20):
+            local.push(n)
+        received(consumer, 20)
+        local.trim()
+    local._log.store.delete_many(list(local._log.store.keys(local._log.documents.records.scan_prefix)))
+    assert Queue(local._log.store, local.name).push("new") == 1
+    assert local.push("old") == 2
+    assert bodies(received(local.consumer("b", start="beginning"), 2)) == ["new", "old"]
+    assert local.report().end == 3
+
+
+def test_a_consumer_beyond_the_end_says_so_and_goes_on_at_the_oldest(
+    local: Queue, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer, follower = local.consumer("a"), local.follow(4711)
+    for n in range(1, 21):
+        local.push(n)
+    received(consumer, 19)
+    last = consumer.receive(0)
+    assert last is not None
+    local._log.store.delete_many(map(local._log._record, range(11, 21)))  # as in a backup of yesterday
+    assert Queue(local._log.store, local.name).push("new") == 11
+    assert bodies(received(consumer, 11)) == [*range(1, 11), "new"]
+    assert "the store has lost records" in caplog.text
+    with pytest.raises(LeaseLost):
+        consumer.acknowledge(last)
+    assert follower.receive(0) is None
+    assert Queue(local._log.store, local.name).push("next") == 12
+    assert bodies(received(consumer, 1)) == ["next"]
+    message = follower.receive(0)
+    assert message is not None
+    assert message.body == "next"
+
+
+def test_what_no_key_is_here_for_stops_nothing_before_it(name: str) -> None:
+    store = MemoryStore()
+    queue = Queue(store, name, store_key="k" * 40)
+    consumer = queue.consumer("a")
+    for n in range(3):
+        queue.push(n)
+    store.put(queue._log._record(3), b'{"body": 3, "token": "x", "at": 1}')
+    assert bodies(received(consumer, 2)) == [0, 1]
+    with pytest.raises(StoreKeyError):
+        consumer.receive(0)
+
+
+def test_who_has_lost_the_lease_does_not_complain_of_what_was_trimmed(
+    local: Queue, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow, quick = local.consumer("a", prefetch=1), local.consumer("a")
+    for n in range(3):
+        local.push(n)
+    assert slow.receive(0) is not None
+    records(local).modify("consumer=a", lambda document: {**(document or {}), "owner": None})  # as if it had stood
+    received(quick, 3)
+    local.trim()
+    assert slow.receive(0) is None
+    assert "were forgotten" not in caplog.text
 
 
 def test_a_damaged_floor_is_an_error_and_no_new_beginning(queue: Queue, store: Store) -> None:
@@ -710,7 +1125,7 @@ def test_an_append_whose_answer_was_lost_recognises_itself() -> None:
     queue.push(0)
     store.fail(1, executed=True)
     assert queue.push(1) == 2
-    assert store.calls == ["add", "get", "get"]
+    assert store.calls == ["add", "get", "get_many"]
     assert bodies(received(consumer, 2)) == [0, 1]
 
 
@@ -1015,6 +1430,16 @@ def test_the_commands(run: Callable[..., Any], tyrant_server: ServerProcess, nam
     assert simplejson.loads(run("trim")) == {"removed": 2}
     assert simplejson.loads(run("forget", "a")) == {"forgotten": True}
     assert "no consumers" in run("show", "--no-json")
+    Queue(tyrant_server.url, f"{name}-b").consumer("b")
+    listed = CliRunner().invoke(main, ["fanout", "list", "--no-json", "--url", tyrant_server.url])
+    rows = [line.split() for line in listed.output.splitlines()]
+    assert [name, "0"] in rows
+    assert [f"{name}-b", "0", "b"] in rows
+    listed = CliRunner().invoke(main, ["fanout", "list", "--url", tyrant_server.url])
+    assert name in [simplejson.loads(line)["name"] for line in listed.output.splitlines()]
+    typo = CliRunner().invoke(main, ["fanout", "show", f"{name}-typo", "--url", tyrant_server.url])
+    assert typo.exit_code == 1
+    assert "there is no queue" in typo.output
     wrong = CliRunner().invoke(main, ["fanout", "push", name, "text", "--url", tyrant_server.url])
     assert wrong.exit_code == 2
     assert "it is not JSON" in wrong.output

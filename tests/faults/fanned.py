@@ -21,7 +21,7 @@ __all__ = ["Fanned", "fan_out"]
 
 NAME: Final = "soak"
 #: How long a consumer may be silent, in seconds; a killed one is relieved after that.
-LEASE: Final = 1.0
+LEASE: Final = 0.5
 #: A consumer acknowledges so many messages at a time, or as many as there are.
 BATCH: Final = 10
 #: How long a producer waits when the store is out of reach or full, in seconds.
