@@ -74,6 +74,8 @@ MARKED: Final = 64
 TRIMMED: Final = 1000
 #: So many numbers ahead one looks for messages behind a gap, where that must not be overlooked.
 FAR: Final = 500
+#: So many numbers behind the last one seen may be the end's, to be found in a single round trip.
+NEAR: Final = 48
 #: So many missing numbers are made good one by one; the floor is raised above more than that.
 MENDED: Final = 10_000
 #: What producers remove below the floor at a time, for others; a few milliseconds' worth. See also `TRIMMED`.
@@ -111,8 +113,9 @@ class QueueLog:
         self._amortised = max(1, min(TRIMMED, limit // 10))
         #: The number to try next; 0: not known. Threads may set it back; then it is only a worse guess.
         self._next = 0
-        #: The floor as last seen.
+        #: The floor, and the highest number taken, as last seen; 0: none has been.
         self._floor = 1
+        self._seen = 0
 
     # -- writing
 
@@ -286,13 +289,32 @@ class QueueLog:
 
     def end(self) -> int:
         """The number that the next message gets."""
+        number = self._near_end()
+        if number is not None:
+            return number
         head = self.head()
         while True:
             number = self._first_free(max(head.floor - 1, self._reliable_end()))
             # What was trimmed while we looked for the end looks free, too.
             head = self.head()
             if number >= head.floor:
+                self._seen = number - 1
                 return number
+
+    def _near_end(self) -> int | None:
+        """The end, if it is no further than `NEAR` from where it was last seen; in one round trip."""
+        seen = self._seen
+        numbers = {self._record(number): number for number in range(seen, seen + NEAR)}
+        floor_record = self.documents.records.record(_FLOOR)
+        found = self.store.get_many([*numbers, floor_record]) if seen else {}
+        taken = [number for record, number in numbers.items() if record in found]
+        # There was none, it has been trimmed, there is a gap, or it is further on.
+        if not taken or taken != list(range(seen, seen + len(taken))) or len(taken) == NEAR:
+            return None
+        if self._head_in(found.get(floor_record)).floor > taken[-1] + 1:
+            return None
+        self._seen = taken[-1]
+        return taken[-1] + 1
 
     def add_tombstone(self, number: int) -> bool:
         """Put a tombstone where the message ``number`` is missing; False: it is there."""

@@ -289,6 +289,18 @@ def test_what_fails_too_often_becomes_a_dead_letter(queue: Queue, counted: Count
     assert {c.name: c.dead for c in queue.report().consumers} == {"a": 1, "b": 0}
 
 
+def test_the_end_is_found_in_one_round_trip_by_whoever_has_seen_it_lately() -> None:
+    store = FaultyStore(MemoryStore())
+    queue, others = Queue(store, "q"), Queue(store, "q")
+    others.push(1)
+    assert queue.follow("now").position == 2
+    for pushed in (1, 40, 60):
+        end = max(others.push(number) for number in range(pushed)) + 1
+        store.calls.clear()
+        assert queue.follow("now").position == end
+        assert (store.calls == ["get_many"]) == (pushed < 47)
+
+
 class SpeechlessError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no words")
@@ -774,9 +786,6 @@ def test_the_cursor_of_one_that_was_forgotten_does_not_count_for_the_next_of_tha
         for n in range(5):
             local.push(n)
         received(consumer, 5)
-    local._log.strike("a")  # somebody is about to forget it
-    local.consumer("a", start="beginning")
-    assert local.trim() == 0
     cursors = local._log.cursors
 
     def meanwhile(head: Head) -> dict[str, Cursor]:
@@ -787,7 +796,12 @@ def test_the_cursor_of_one_that_was_forgotten_does_not_count_for_the_next_of_tha
 
     monkeypatch.setattr(local._log, "cursors", meanwhile)
     assert local.trim() == 0
-    assert bodies(received(local.consumer("a"), 5)) == [0, 1, 2, 3, 4]
+    with local.consumer("a") as consumer:
+        assert bodies(received(consumer, 5)) == [0, 1, 2, 3, 4]
+    monkeypatch.undo()
+    local._log.strike("a")  # somebody is about to forget it, and its cursor is there yet
+    local.consumer("a", start="beginning")
+    assert local.report().consumers[0].next == 1
 
 
 def test_a_push_removes_only_so_much_of_what_others_have_left(local: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
