@@ -40,7 +40,7 @@ def who(settings: Settings, output: Output, address: str, field: str | None) -> 
     if settings.index or field:
         sessions = Sessions(_indexed(settings, field)).of(address, by=field)
     else:
-        click.echo("sessions are not found: beaker.session.index is not set (give --ini, or --by)", err=True)
+        click.echo(f"sessions are not found: {_remedy()}", err=True)
     states = sorted(configured_states(settings).states_of(address).items())
     if output.as_json:
         for session in sessions:
@@ -89,6 +89,12 @@ def _counted(number: int, what: str) -> str:
 def _indexed(settings: Settings, field: str | None) -> Settings:
     """The settings, where they do not say by which key sessions are found (a URL alone does not), with ``field``."""
     return settings if settings.index or field is None else dataclasses.replace(settings, index=(field,))
+
+
+def _remedy() -> str:
+    """What to do where nothing says by which key sessions are found."""
+    ini = click.get_current_context().params["ini"]
+    return f"set beaker.session.index in {ini}, or give --by" if ini else "give --ini, or --by"
 
 
 def _time(seconds: float | None) -> str | None:

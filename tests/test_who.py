@@ -88,7 +88,7 @@ def test_without_an_index_the_states_are_shown_and_the_remedy(zed: Session, opti
     Path(ini).write_text(Path(ini).read_text().replace("beaker.session.index = user\n", ""))
     result = run("who", "zed@example.com", "--ini", ini)
     assert lines(result) == [{"key": "app.news", "state": "MEMBER"}]
-    assert "beaker.session.index is not set" in result.stderr
+    assert f"set beaker.session.index in {ini}, or give --by" in result.stderr
     assert len(lines(run("who", "zed@example.com", "--ini", ini, "--by", "user"))) == 2
     result = run("revoke", "zed@example.com", "--ini", ini)
     assert result.exit_code == 1

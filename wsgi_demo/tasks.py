@@ -115,7 +115,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", choices=PROTOCOLS, default="json", help="default: json; each has its own queue")
     commands = parser.add_subparsers(dest="command", required=True)
     worker = commands.add_parser("worker", help="do tasks")
-    worker.add_argument("name", help="of the consumer; workers of the same name share the work")
+    worker.add_argument("name", help="of the consumer; of the workers of one name, one works and the others stand by")
     worker.add_argument(
         "--start", choices=("now", "beginning"), default="now", help="where a new consumer begins; default: now"
     )
