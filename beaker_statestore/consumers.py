@@ -357,12 +357,22 @@ class Consumer:
 
         Never raises for a store that fails.
         """
+        self._close(None)
+
+    def _close(self, failure: str | None) -> None:
+        """:param failure: why the first message in hand, if there is one, could not be handled; None: it is none."""
         self.stop()
+
+        def given_up(cursor: Cursor) -> Cursor:
+            if failure is not None and self._position > cursor.next:
+                cursor = replace(cursor, tries=cursor.tries + 1, error=failure)
+            return replace(cursor, owner=None)
+
         with self._lock:
             if self._holding is None:
                 return
             try:
-                self._change(lambda cursor: replace(cursor, owner=None))
+                self._change(given_up)
             except (LeaseLost, StoreUnavailable) as error:
                 log.warning("%s could not give up its lease, which stands for up to %g s: %s", self, self._lease, error)
             self._forget_holding()
@@ -373,7 +383,9 @@ class Consumer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        """`close`. An error that ends the block counts as a failure of the first message that was not acknowledged."""
+        counts = isinstance(error, Exception) and not isinstance(error, (LeaseLost, StoreUnavailable))
+        self._close(_text(error) if counts else None)
 
     def __str__(self) -> str:
         return f"the consumer {self.name} of the queue {self._queue.name}"

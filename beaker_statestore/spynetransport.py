@@ -192,8 +192,8 @@ class Consumer(ServerBase):
 
     :param queue: where the calls come from.
     :param app: the Spyne application that does them.
-    :param name: of the consumer. Processes with the same name share the work: one does it, and if it dies, another goes
-        on; each name gets every call.
+    :param name: of the consumer. Of processes with the same name one works, and the others stand by; if it dies,
+        another goes on. Each name gets every call.
     :param options: of `Queue.consumer`: ``start`` (``now``: calls from now on, if there was no such consumer yet),
         ``retries``, ``backoff``, ``lease`` (of which a method may not take longer unless it calls
         ``ctx.transport.extend()``) ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,9 @@ from beaker_statestore.stores.base import Store
 from beaker_statestore.testing import ServerProcess
 
 _numbers = itertools.count(1)
+
+# Whom a shell starts in the background has SIGINT ignored (POSIX, 2.11), and so would have all whom tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

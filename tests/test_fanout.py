@@ -301,6 +301,44 @@ def test_the_end_is_found_in_one_round_trip_by_whoever_has_seen_it_lately() -> N
         assert (store.calls == ["get_many"]) == (pushed < 47)
 
 
+def test_an_error_that_ends_the_block_counts_and_no_message_can_kill_worker_after_worker(queue: Queue) -> None:
+    queue.push("bad")
+    queue.push("good")
+
+    def work() -> None:
+        with queue.consumer("a", start="beginning", retries=2, backoff=0.01) as consumer:
+            for message in consumer:
+                if message.body == "bad":
+                    raise ValueError("bad")
+                consumer.acknowledge(message)
+                return
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match="bad"):
+            work()
+    work()
+    assert [(letter.body, letter.error, letter.tries) for letter in queue.dead_letters("a")] == [
+        ("bad", "ValueError: bad", 3)
+    ]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StoreUnavailable("away")])
+def test_what_ends_the_block_and_is_no_messages_fault_does_not_count(queue: Queue, error: BaseException) -> None:
+    queue.push("good")
+
+    def work() -> None:
+        with queue.consumer("a", start="beginning", retries=0) as consumer:
+            assert consumer.receive(PATIENCE) is not None
+            raise error
+
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            work()
+    assert list(queue.dead_letters("a")) == []
+    with queue.consumer("a") as consumer:
+        assert bodies(received(consumer, 1)) == ["good"]
+
+
 class SpeechlessError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no words")
