@@ -6,7 +6,6 @@ It must not know what the documents are about, nor any framework or engine.
 from __future__ import annotations
 
 import logging
-import random
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,14 +18,7 @@ from beaker_statestore.exceptions import ContentionError, DocumentDamagedError, 
 from beaker_statestore.keys import shortened
 from beaker_statestore.settings import Settings
 from beaker_statestore.stores import open_store
-from beaker_statestore.stores.base import (
-    CONTENTION_DEADLINE,
-    COURTESY,
-    EAGER_TRIES,
-    LONGEST_BACKOFF,
-    UNREAD,
-    Unread,
-)
+from beaker_statestore.stores.base import CONTENTION_DEADLINE, UNREAD, Unread, back_off
 
 __all__ = ["Collection", "Fetched", "birth", "born"]
 
@@ -234,9 +226,7 @@ class Collection:
                 if unsure:
                     raise _unknown(record)
                 raise ContentionError(f"others kept changing {shortened(record)} while we tried to, {tries} times")
-            # As in `Store.modify`: rivals keep out of step, and whoever has tried for long tries hardest.
-            if tries > EAGER_TRIES and time.monotonic() < begun + COURTESY:
-                time.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.001 * 2**tries)))  # noqa: S311
+            back_off(tries, begun)
 
     def _tokens_in(self, stored: bytes | None, record: bytes) -> list[str]:
         return [] if stored is None else _tokens(self.codec.decode(stored, record))

@@ -1,4 +1,4 @@
-"""A real server in a thread of this process, and clients that send it raw bytes."""
+"""Real servers in a thread of this process, of Tyrant's protocols or of HTTP, and clients that send raw bytes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
 
 import uvloop
+from waitress import wasyncore
+from waitress.server import create_server
 
 from beaker_statestore.stores.base import LocalStore
 from beaker_statestore.tyrant.address import Address
@@ -33,6 +35,31 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 #: All commands may be used.
 UNMASKED = ServerOptions(tcp_mask=OPEN)
+
+
+@contextlib.contextmanager
+def served(application: Callable[..., Iterable[bytes]]) -> Iterator[int]:
+    """The port of 127.0.0.1 at which waitress serves ``application``, in four threads."""
+    sockets: dict[int, Any] = {}
+    server = create_server(application, map=sockets, host="127.0.0.1", port=0, threads=4)
+    stopping = threading.Event()
+
+    def loop() -> None:
+        # `server.run()` ends only with its sockets, and who wakes it to close them may find its wire closed already.
+        while not stopping.is_set():
+            wasyncore.loop(timeout=1.0, map=sockets, count=1)
+
+    thread = threading.Thread(target=loop, name="waitress")
+    thread.start()
+    try:
+        yield int(server.effective_port)
+    finally:
+        stopping.set()
+        server.trigger.pull_trigger()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        server.task_dispatcher.shutdown(timeout=PATIENCE)
+        wasyncore.close_all(sockets)
 
 
 def carry_out(executor: Executor, *requests: Request) -> list[bytes]:

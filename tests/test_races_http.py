@@ -20,12 +20,11 @@ from urllib.parse import parse_qsl, urlencode
 import pytest
 import redis
 from beaker.middleware import SessionMiddleware
-from waitress import wasyncore
-from waitress.server import create_server
 
 from beaker_statestore.testing import ServerProcess
 from beaker_statestore.websession import make_filter
 from tests.redis_server import running_redis
+from tests.serving import served
 
 #: How long anything here may take, in seconds.
 PATIENCE = 20.0
@@ -74,31 +73,6 @@ class Application:
 
     def let_go(self, name: str) -> None:
         self._let_go[name].set()
-
-
-@contextlib.contextmanager
-def served(application: WSGIApplication) -> Iterator[int]:
-    """The port of 127.0.0.1 at which waitress serves ``application``, in four threads."""
-    sockets: dict[int, Any] = {}
-    server = create_server(application, map=sockets, host="127.0.0.1", port=0, threads=4)
-    stopping = threading.Event()
-
-    def loop() -> None:
-        # `server.run()` ends only with its sockets, and who wakes it to close them may find its wire closed already.
-        while not stopping.is_set():
-            wasyncore.loop(timeout=1.0, map=sockets, count=1)
-
-    thread = threading.Thread(target=loop, name="waitress")
-    thread.start()
-    try:
-        yield int(server.effective_port)
-    finally:
-        stopping.set()
-        server.trigger.pull_trigger()
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-        server.task_dispatcher.shutdown(timeout=PATIENCE)
-        wasyncore.close_all(sockets)
 
 
 @dataclass(frozen=True)

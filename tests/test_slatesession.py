@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import itertools
 import json
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from http.cookies import SimpleCookie
@@ -15,8 +14,6 @@ from typing import Any
 
 import pytest
 from paste.deploy import loadfilter
-from waitress import wasyncore
-from waitress.server import create_server
 from webtest import TestApp
 
 from beaker_statestore.exceptions import ConfigurationError, Conflict, StateStoreError
@@ -24,6 +21,7 @@ from beaker_statestore.slates import Slates
 from beaker_statestore.slatesession import SlateMiddleware, filter_app_factory
 from beaker_statestore.stores import open_store
 from beaker_statestore.testing import FaultyStore
+from tests.serving import served
 
 #: Seconds until a test gives up waiting.
 PATIENCE = 20.0
@@ -447,30 +445,6 @@ def test_a_wrong_option_is_said_at_the_start(given: dict[str, str], message: str
 
 
 # Over a real connection
-
-
-@contextlib.contextmanager
-def served(app: Any) -> Iterator[int]:
-    """The port of 127.0.0.1 at which waitress serves ``app``."""
-    sockets: dict[int, Any] = {}
-    server = create_server(app, map=sockets, host="127.0.0.1", port=0, threads=4)
-    stopping = threading.Event()
-
-    def loop() -> None:
-        while not stopping.is_set():
-            wasyncore.loop(timeout=1.0, map=sockets, count=1)
-
-    thread = threading.Thread(target=loop, name="waitress")
-    thread.start()
-    try:
-        yield int(server.effective_port)
-    finally:
-        stopping.set()
-        server.trigger.pull_trigger()
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-        server.task_dispatcher.shutdown(timeout=PATIENCE)
-        wasyncore.close_all(sockets)
 
 
 def get(port: int, path: str, cookie: str | None = None) -> tuple[int, str, str | None]:

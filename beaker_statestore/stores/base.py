@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from beaker_statestore import observe
 from beaker_statestore.exceptions import ConfigurationError, ContentionError, OutcomeUnknown, StateStoreError
 
-__all__ = ["UNREAD", "LocalStore", "LocalVerbs", "Store", "Unread", "Verbs"]
+__all__ = ["UNREAD", "LocalStore", "LocalVerbs", "Store", "Unread", "Verbs", "back_off"]
 
 T = TypeVar("T")
 
@@ -39,6 +39,18 @@ LONGEST_LOOK: Final = 0.5
 PAGE: Final = 1000
 #: A page ends before that once its keys have so many bytes.
 PAGE_BYTES: Final = 1024 * 1024
+
+
+def back_off(tries: int, begun: float) -> None:
+    """Wait a little before one more try to change a record that others change, too.
+
+    :param tries: how many have failed.
+    :param begun: when the first one was, on the monotonic clock.
+    """
+    # Whoever has tried for long tries hardest, or those who only begin would always be quicker.
+    if tries > EAGER_TRIES and time.monotonic() < begun + COURTESY:
+        # Jitter keeps rivals out of step; it needs no cryptographic quality.
+        time.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.001 * 2**tries)))  # noqa: S311
 
 
 class Unread:
@@ -204,10 +216,7 @@ class Store(Verbs):
             if time.monotonic() >= deadline:
                 # The message has no key: whoever knows a session's key owns the session.
                 raise doubt or ContentionError(f"others changed the record while we tried to, {tries} times")
-            # Whoever has tried for long tries hardest, or those who only begin would always be quicker.
-            if tries > EAGER_TRIES and time.monotonic() < begun + COURTESY:
-                # Jitter keeps rivals out of step; it needs no cryptographic quality.
-                time.sleep(random.uniform(0, min(LONGEST_BACKOFF, 0.001 * 2**tries)))  # noqa: S311
+            back_off(tries, begun)
 
     def wait(self, key: bytes, seconds: float) -> bool:
         """Whether ``key`` has a record, waiting up to so many seconds until it has; False when it has none by then.
