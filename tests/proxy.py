@@ -158,7 +158,8 @@ class Proxy:
         :raises AssertionError: it does not in `PATIENCE` seconds, or something had gone wrong.
         """
         self._closing = True
-        self._bell.send(b"!")
+        with contextlib.suppress(BrokenPipeError):  # it has seen already that it is to end
+            self._bell.send(b"!")
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), f"the proxy did not end in {PATIENCE} s"
         self._bell.close()
